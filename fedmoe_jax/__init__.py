@@ -1,0 +1,32 @@
+"""Federated training of Mixture-of-Experts models over simulated clients, vectorised in JAX."""
+
+from fedmoe_jax import aggregation, alignment, models, nn
+from fedmoe_jax.base import NO_EXPERT, Aggregator, Aligner, Alignment, Batch, ClientProfile, Cohort, Feedback
+from fedmoe_jax.data.population import Population
+from fedmoe_jax.experts import ExpertParam, RouterParam, Slots, partition
+from fedmoe_jax.round import Algorithm, Info, State, federated_moe, rounds
+
+__all__ = [
+    "NO_EXPERT",
+    "Aggregator",
+    "Algorithm",
+    "Aligner",
+    "Alignment",
+    "Batch",
+    "ClientProfile",
+    "Cohort",
+    "ExpertParam",
+    "Feedback",
+    "Info",
+    "Population",
+    "RouterParam",
+    "Slots",
+    "State",
+    "aggregation",
+    "alignment",
+    "federated_moe",
+    "models",
+    "nn",
+    "partition",
+    "rounds",
+]

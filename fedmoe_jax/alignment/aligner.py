@@ -1,0 +1,154 @@
+"""Aligners: capacity, fitness and load put together into who trains which experts this round."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from fedmoe_jax.alignment import assign
+from fedmoe_jax.alignment import fitness as fitness_stage
+from fedmoe_jax.alignment import load as load_stage
+from fedmoe_jax.base import NO_EXPERT, Aligner, Alignment, Cohort, Feedback, Fitness, LoadMonitor, client_keys, pytree, stage_key
+
+
+@pytree
+class AlignerState:
+    """What was learnt: fitness of every pair, load of every expert, and the last prices of `balanced`."""
+
+    fitness: PyTree
+    load: PyTree
+    prices: Float[Array, " expert"]
+
+
+def random(*, num_experts: int, max_slots: int, fitness: Fitness | None = None, load: LoadMonitor | None = None) -> Aligner:
+    """Random experts for each client; the baseline. Fitness is learnt, for reports, but not used and not probed for.
+
+    Args:
+      num_experts: experts of the model.
+      max_slots: the most experts that a client gets, 1 to num_experts.
+      fitness: how fitness is learnt; default `fitness.solo()`.
+      load: how load is watched; default `load.monitor()`.
+
+    Raises:
+      ValueError: if `num_experts` or `max_slots` is out of its range.
+    """
+
+    def choose(key, state, cohort, score):
+        return assign.random(client_keys(key, cohort.client), cohort.slots, num_experts), state.prices
+
+    return _aligner(choose, num_experts, max_slots, fitness, load, probing=False)
+
+
+def greedy(*, num_experts: int, max_slots: int, fitness: Fitness | None = None, load: LoadMonitor | None = None) -> Aligner:
+    """Each client's fittest experts, ties broken at random, whatever that does to the load. Arguments as in `random`."""
+
+    def choose(key, state, cohort, score):
+        return assign.greedy(score, cohort.slots, key=client_keys(key, cohort.client)), state.prices
+
+    return _aligner(choose, num_experts, max_slots, fitness, load, probing=True)
+
+
+def load_only(*, num_experts: int, max_slots: int, fitness: Fitness | None = None, load: LoadMonitor | None = None) -> Aligner:
+    """The least trained experts first, dealt out in turn, whoever they suit. Arguments as in `random`.
+
+    Reads `.load` of the monitor's state, as `load.monitor()` keeps it.
+    """
+
+    def choose(key, state, cohort, score):
+        return assign.round_robin(state.load.load, cohort.slots, key=key), state.prices
+
+    return _aligner(choose, num_experts, max_slots, fitness, load, probing=False)
+
+
+def balanced(*, num_experts: int, max_slots: int, fitness: Fitness | None = None, load: LoadMonitor | None = None) -> Aligner:
+    """The paper's alignment: the most fitness within capacity and load bounds [1]. Arguments as in `random`.
+
+    References:
+      [1] "Efficient Training of Large-Scale AI Models Through Federated Mixture-of-Experts: A System-Level Approach",
+        arXiv 2507.05685.
+    """
+    monitor = load_stage.monitor() if load is None else load
+
+    def choose(key, state, cohort, score):
+        lower, upper = monitor.bounds(state.load, cohort.slots)
+        mask, info = assign.balanced(score, cohort.slots, lower, upper, key=key, prices=state.prices, return_info=True)
+        return mask, info.prices
+
+    return _aligner(choose, num_experts, max_slots, fitness, monitor, probing=True)
+
+
+def full(*, num_experts: int, fitness: Fitness | None = None, load: LoadMonitor | None = None) -> Aligner:
+    """Every present client holds every expert, whatever its slots: plain federated averaging of the whole model."""
+
+    def choose(key, state, cohort, score):
+        return jnp.broadcast_to(cohort.present[:, None], score.shape), state.prices
+
+    return _aligner(choose, num_experts, num_experts, fitness, load, probing=False)
+
+
+def held_slots(mask: Bool[Array, "client expert"], max_slots: int) -> Int[Array, "client slot"]:
+    """The experts that each row of `mask` marks, in ascending order, then `NO_EXPERT`. Inverse of `experts.held_mask`."""
+    num_experts = mask.shape[1]
+    countdown = jnp.where(mask, num_experts - jnp.arange(num_experts), 0)
+    places, _ = jax.lax.top_k(countdown, max_slots)
+    return jnp.where(places > 0, num_experts - places, NO_EXPERT)
+
+
+Choose = Callable[
+    [Key[Array, ""], AlignerState, Cohort, Float[Array, "client expert"]],
+    tuple[Bool[Array, "client expert"], Float[Array, " expert"]],
+]
+
+
+def _aligner(choose: Choose, num_experts: int, max_slots: int, fitness: Any, load: Any, *, probing: bool) -> Aligner:
+    """The Aligner around `choose(key, state, cohort, score) -> (mask, prices)`, which sees clients in order of their ID."""
+    if num_experts < 1:
+        raise ValueError(f"num_experts is {num_experts}, it must be at least 1")
+    if not 1 <= max_slots <= num_experts:
+        raise ValueError(f"max_slots is {max_slots}, it must be 1 to num_experts, {num_experts}")
+    fitness = fitness_stage.solo() if fitness is None else fitness
+    load = load_stage.monitor() if load is None else load
+    probes = fitness.probes if probing else 0
+
+    def init(num_clients: int) -> AlignerState:
+        return AlignerState(fitness.init(num_clients, num_experts), load.init(num_experts), jnp.zeros(num_experts, jnp.float32))
+
+    def align(key: Key[Array, ""], state: AlignerState, cohort: Cohort) -> tuple[Alignment, AlignerState]:
+        slots = jnp.where(cohort.present, jnp.minimum(cohort.slots, max_slots), 0)
+        order = jnp.lexsort((cohort.client, ~cohort.present))  # so that the order of the cohort changes nothing
+        ordered = Cohort(cohort.client[order], cohort.present[order], slots[order])
+        score = fitness.score(state.fitness, ordered.client)
+        mask, prices = choose(stage_key(key, "assign"), state, ordered, score)
+        held = held_slots(mask, max_slots)
+        probed = _probes(client_keys(stage_key(key, "probe"), ordered.client), mask, probes)
+        of_held = jnp.take_along_axis(score, jnp.maximum(held, 0), axis=1)
+        alignment = Alignment(
+            held=held,
+            probed=probed,
+            fitness=jnp.where(held == NO_EXPERT, 0.0, of_held),
+            fitness_mean=jnp.where(ordered.present, score.mean(axis=1), 0.0),
+        )
+        back = jnp.argsort(order)
+        return jax.tree.map(lambda rows: rows[back], alignment), AlignerState(state.fitness, state.load, prices)
+
+    def learn(state: AlignerState, cohort: Cohort, alignment: Alignment, feedback: Feedback) -> AlignerState:
+        held = jnp.where(cohort.present[:, None], alignment.held, NO_EXPERT)
+        return AlignerState(
+            fitness.update(state.fitness, cohort, alignment, feedback),
+            load.update(state.load, held, feedback.tokens),
+            state.prices,
+        )
+
+    return Aligner(init, align, learn, max_slots)
+
+
+def _probes(key: Key[Array, " client"], mask: Bool[Array, "client expert"], probes: int) -> Int[Array, "client probe"]:
+    """Distinct random experts that a client does not hold. Clients that hold none try none."""
+    num_experts = mask.shape[1]
+    noise = jax.vmap(lambda k: jax.random.uniform(k, (num_experts,)))(key)
+    noise = jnp.where(mask | ~mask.any(axis=1, keepdims=True), -1.0, noise)
+    best, expert = jax.lax.top_k(noise, min(probes, num_experts))
+    probed = jnp.where(best >= 0, expert, NO_EXPERT)
+    return jnp.pad(probed, ((0, 0), (0, probes - probed.shape[1])), constant_values=NO_EXPERT)

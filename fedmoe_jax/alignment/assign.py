@@ -1,0 +1,202 @@
+"""Client-expert assignment: who trains which expert this round. Every rule gives a mask [client, expert]."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from fedmoe_jax.alignment import transport
+
+_TIE_BITS = 15  # ties are broken within 2**-15 of the range of fitness
+_TINY = 1e-6
+
+
+class BalancedInfo(NamedTuple):
+    """What `balanced` found out.
+
+    `violation`: clients above upper plus clients below lower, summed over experts; 0 whenever the bounds are feasible,
+    the least possible otherwise. `gap`: how far the total fitness may be below that of the best assignment with as
+    little violation, relative to the total of absolute fitness; a proven bound. `prices`: what a place at each expert
+    is worth, in units of fitness; a warm start for a similar problem.
+    """
+
+    violation: Int[Array, ""]
+    gap: Float[Array, ""]
+    prices: Float[Array, " expert"]
+
+
+def random(key: Key[Array, ""] | Key[Array, " client"], slots: Int[Array, " client"], num_experts: int) -> Bool[Array, "client expert"]:
+    """A uniformly random set of min(slots, num_experts) experts for each client.
+
+    Args:
+      key: one key, or one for each client, so that a client's experts do not depend on its place.
+      slots: experts that each client can hold.
+      num_experts: at least 1.
+    """
+    if num_experts < 1:
+        raise ValueError(f"num_experts is {num_experts}, it must be at least 1")
+    _check_slots(slots)
+    return _best(_noise(key, slots.shape[0], num_experts), slots)
+
+
+def greedy(
+    fitness: Float[Array, "client expert"],
+    slots: Int[Array, " client"],
+    *,
+    key: Key[Array, ""] | Key[Array, " client"] | None = None,
+) -> Bool[Array, "client expert"]:
+    """Each client's fittest experts, whatever that does to the load.
+
+    Args:
+      fitness: value of a pair; a non-finite value forbids the pair.
+      slots: experts that each client can hold. A client with fewer allowed experts gets those.
+      key: breaks ties at random, one key or one for each client; None breaks them by expert number.
+    """
+    _check_slots(slots, fitness)
+    allowed = jnp.isfinite(fitness)
+    noise = None if key is None else _noise(key, *fitness.shape)
+    return _best(jnp.where(allowed, fitness, -jnp.inf), slots, noise) & allowed
+
+
+def round_robin(
+    load: Float[Array, " expert"] | Int[Array, " expert"], slots: Int[Array, " client"], *, key: Key[Array, ""] | None = None
+) -> Bool[Array, "client expert"]:
+    """Deals the experts out in turn, least loaded first: clients per expert differ by at most one.
+
+    Args:
+      load: how much each expert was trained so far.
+      slots: experts that each client can hold; at most all of them are dealt.
+      key: breaks ties of the load and shuffles the clients; None goes by number.
+    """
+    _check_slots(slots)
+    num_clients, num_experts = slots.shape[0], load.shape[0]
+    turn, ties = jnp.arange(num_clients), jnp.arange(num_experts)
+    if key is not None:
+        turn = jax.random.permutation(jax.random.fold_in(key, 0), num_clients)
+        ties = jax.random.permutation(jax.random.fold_in(key, 1), num_experts)
+    slots = jnp.minimum(slots, num_experts)
+    dealt = jnp.cumsum(slots[turn]) - slots[turn]  # what was dealt before each client's turn
+    first = jnp.zeros(num_clients, dealt.dtype).at[turn].set(dealt)
+    place = jnp.argsort(jnp.lexsort((ties, load)))  # of each expert in the order of dealing
+    return (place[None, :] - first[:, None]) % num_experts < slots[:, None]
+
+
+def balanced(
+    fitness: Float[Array, "client expert"],
+    slots: Int[Array, " client"],
+    lower: Int[Array, " expert"],
+    upper: Int[Array, " expert"],
+    *,
+    key: Key[Array, ""] | None = None,
+    prices: Float[Array, " expert"] | None = None,
+    return_info: bool = False,
+) -> Bool[Array, "client expert"] | tuple[Bool[Array, "client expert"], BalancedInfo]:
+    """Assigns experts to clients: the most total fitness within client slots and expert load bounds.
+
+    A transportation problem, solved on device to its optimum by Newton's method on a smoothed dual and shortest paths
+    (`transport`, [1]). Bounds that cannot be met are broken as little as possible in total, and then fitness is maximised.
+
+    Fitness is compared to within 2**-15 of its finite range, and ties within that are broken at random. Time grows
+    linearly in clients x experts**2. Under jit, negative slots count as 0 and an upper below lower counts as lower.
+
+    Args:
+      fitness: value of a pair, higher is better; a non-finite value forbids the pair.
+      slots: experts that each client can hold, 0 to num_experts.
+      lower, upper: least and most clients that each expert may get.
+      key: breaks ties; None breaks them in the same way each time.
+      prices: where to start, from the info of a similar problem; changes the time, not the quality.
+      return_info: also return `BalancedInfo`.
+
+    Returns:
+      The assignment. Row sums equal min(slots, allowed experts); column sums lie in [lower, upper] whenever that is feasible.
+
+    Raises:
+      ValueError: if shapes disagree or, outside jit, slots are negative or a lower bound is above its upper bound.
+
+    References:
+      [1] Ahuja, Magnanti and Orlin, "Network Flows", 1993, section 9.7.
+    """
+    _check_slots(slots, fitness)
+    _check_bounds(lower, upper, fitness.shape[1])
+    key = jax.random.key(0) if key is None else key
+    prices = jnp.zeros(fitness.shape[1], jnp.float32) if prices is None else prices
+    mask, info = _balanced(fitness.astype(jnp.float32), slots, lower, upper, key, prices, return_info)
+    return (mask, info) if return_info else mask
+
+
+@functools.partial(jax.jit, static_argnames="return_info")
+def _balanced(fitness, slots, lower, upper, key, prices, return_info):
+    """`balanced` on arrays that may be anything: rounds the fitness to integers, solves, and proves the result."""
+    num_experts = fitness.shape[1]
+    allowed = jnp.isfinite(fitness)
+    slots = jnp.clip(slots, 0, allowed.sum(axis=1)).astype(jnp.int32)
+    lower = jnp.maximum(lower, 0).astype(jnp.int32)
+    upper = jnp.maximum(lower, upper).astype(jnp.int32)
+
+    least = jnp.where(allowed.any(), jnp.min(fitness, where=allowed, initial=jnp.inf), 0.0)
+    spread = jnp.max(fitness, where=allowed, initial=-jnp.inf) - least
+    tied = ~(spread > 0)
+    steps = transport.resolution(num_experts)
+    ties = jnp.where(tied, steps, max(steps >> _TIE_BITS, 2))  # equal fitness leaves all steps to chance
+    unit = jnp.where(tied, _TINY * jnp.maximum(jnp.abs(least), _TINY), spread) / steps
+    rounded = jnp.where(tied, 0.0, jnp.round((fitness - least) / unit * (1.0 - ties / steps))).astype(jnp.int32)
+    value = jnp.where(allowed, rounded + (jax.random.uniform(key, fitness.shape) * ties).astype(jnp.int32), 0)
+
+    problem = transport.Problem(value.T, allowed.T, slots, lower, upper)
+    start = jnp.clip(jnp.round(jnp.nan_to_num(prices / unit)), -problem.fine, problem.fine).astype(jnp.int32)
+    mask, found = transport.solve(problem, start)
+    mask, prices = mask.T, found * unit
+    if not return_info:
+        return mask, None
+    load = mask.sum(axis=0)
+    gap = _gap(jnp.where(allowed, fitness, 0.0), allowed, mask, slots, lower, upper, prices)
+    return mask, BalancedInfo(jnp.abs(load - jnp.clip(load, lower, upper)).sum(), gap, prices)
+
+
+def _gap(fitness, allowed, mask, slots, lower, upper, prices) -> Float[Array, ""]:
+    """The relative duality gap, from differences that are each 0 at the optimum, so that it does not drown in rounding."""
+    load = jnp.clip(mask.sum(axis=0), lower, upper)
+    worth = fitness - prices
+    best = jnp.sort(jnp.where(allowed, worth, -jnp.inf), axis=1, descending=True)
+    held = jnp.sort(jnp.where(mask, worth, -jnp.inf), axis=1, descending=True)
+    filled = jnp.arange(mask.shape[1]) < slots[:, None]
+    rows = jnp.where(filled, best - held, 0.0)
+    columns = jnp.where(prices > 0, upper - load, load - lower) * jnp.abs(prices)
+    total = jnp.abs(jnp.where(mask, fitness, 0.0)).sum()
+    return (rows.sum() + columns.sum()) / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+
+
+def _best(score, slots, ties=None):
+    """Mask of the `slots` highest scores of each row, the first of equals (or the highest of `ties`)."""
+    order = jnp.argsort(-score, axis=1) if ties is None else jnp.lexsort((-ties, -score), axis=1)
+    return jnp.argsort(order, axis=1) < slots[:, None]
+
+
+def _noise(key, num_clients: int, num_experts: int) -> Float[Array, "client expert"]:
+    if key.ndim == 0:
+        return jax.random.uniform(key, (num_clients, num_experts))
+    if key.shape != (num_clients,):
+        raise ValueError(f"key has shape {key.shape}, it must be one key or one for each of the {num_clients} clients")
+    return jax.vmap(lambda k: jax.random.uniform(k, (num_experts,)))(key)
+
+
+def _concrete(*arrays) -> bool:
+    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def _check_slots(slots, fitness=None) -> None:
+    if fitness is not None and fitness.shape[:1] != slots.shape:
+        raise ValueError(f"slots has {slots.shape[0]} clients and fitness {fitness.shape[0]}, they must agree")
+    if _concrete(slots) and (slots < 0).any():
+        raise ValueError(f"slots has a negative entry, {int(slots.min())}; 0 is the least")
+
+
+def _check_bounds(lower, upper, num_experts: int) -> None:
+    for name, bound in (("lower", lower), ("upper", upper)):
+        if bound.shape != (num_experts,):
+            raise ValueError(f"{name} has shape {bound.shape}, fitness has {num_experts} experts")
+    if _concrete(lower, upper) and (lower > upper).any():
+        expert = int(jnp.argmax(lower > upper))
+        raise ValueError(f"lower is above upper for expert {expert}: {int(lower[expert])} > {int(upper[expert])}")

@@ -1,0 +1,123 @@
+"""Client capacity: how many experts a client can hold and train before the round's deadline."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from fedmoe_jax.base import ClientProfile, RoundCost
+
+TIERS = {
+    "small": (2e10, 2e9, 2.5e6, 0.6e6),
+    "medium": (1e11, 4e9, 10e6, 2.5e6),
+    "large": (5e11, 12e9, 40e6, 10e6),
+}
+"""FLOP/s, bytes of memory, downlink and uplink bytes/s of three kinds of phone. Round numbers, not measurements."""
+
+
+def seconds(
+    profile: ClientProfile,
+    cost: RoundCost,
+    slots: Int[Array, " client"],
+    *,
+    examples: Int[Array, " client"] | None = None,
+    probes: int = 0,
+) -> Float[Array, " client"]:
+    """How long each client's round takes: download, then local training, then upload.
+
+    The client downloads the shared part and `slots + probes` experts, trains the shared part and `slots` experts on
+    `examples` examples, and uploads the shared part and `slots` experts.
+
+    Args:
+      profile: what each client can afford.
+      cost: what the shared part and each expert cost.
+      slots: experts that each client holds; 0 is allowed.
+      examples: examples that each client processes in the round, all epochs together; default 1.
+      probes: unheld experts that each client downloads to try them. Clients without slots try none.
+    """
+    downloads = slots + jnp.where(slots > 0, probes, 0)
+    flops = cost.shared_flops + slots * cost.expert_flops
+    if examples is not None:
+        flops = flops * examples
+    download = (cost.shared_bytes + downloads * cost.expert_bytes) / profile.downlink_bytes_per_second
+    upload = (cost.shared_bytes + slots * cost.expert_bytes) / profile.uplink_bytes_per_second
+    return download + flops / profile.flops_per_second + upload
+
+
+def slots(
+    profile: ClientProfile,
+    cost: RoundCost,
+    *,
+    deadline: float | Float[Array, ""] | None,
+    max_slots: int,
+    examples: Int[Array, " client"] | None = None,
+    probes: int = 0,
+) -> Int[Array, " client"]:
+    """The most experts, up to `max_slots`, that each client fits in its memory and trains before the deadline.
+
+    Args:
+      profile: what each client can afford, one row for each client of the cohort.
+      cost: what the shared part and each expert cost.
+      deadline: seconds of `seconds(...)` that the round may take; None or inf is no limit.
+      max_slots: the most experts that any client gets, at least 1.
+      examples, probes: as in `seconds`.
+
+    Returns:
+      0 to `max_slots`; 0 when not even one expert fits.
+
+    Raises:
+      ValueError: if `max_slots` < 1, `probes` < 0 or a concrete `deadline` is not positive.
+    """
+    if max_slots < 1:
+        raise ValueError(f"max_slots is {max_slots}, it must be at least 1")
+    if probes < 0:
+        raise ValueError(f"probes is {probes}, it must not be negative")
+    if isinstance(deadline, int | float) and not deadline > 0:
+        raise ValueError(f"deadline is {deadline}, it must be a positive number of seconds, or None for no limit")
+
+    def fits(count: Int[Array, ""]) -> Bool[Array, " client"]:
+        held = jnp.full(profile.memory_bytes.shape, count)
+        in_memory = cost.shared_memory + held * cost.expert_memory <= profile.memory_bytes
+        if deadline is None:
+            return in_memory
+        return in_memory & (seconds(profile, cost, held, examples=examples, probes=probes) <= deadline)
+
+    return jax.vmap(fits)(jnp.arange(1, max_slots + 1)).sum(axis=0, dtype=jnp.int32)  # more experts never fit better
+
+
+def uniform(
+    num_clients: int,
+    *,
+    flops_per_second: float = 1e11,
+    memory_bytes: float = 4e9,
+    downlink_bytes_per_second: float = 10e6,
+    uplink_bytes_per_second: float = 2.5e6,
+) -> ClientProfile:
+    """Clients that all can afford the same. The defaults are those of a plain phone, in round numbers.
+
+    Raises:
+      ValueError: if a number is not positive.
+    """
+    numbers = {
+        "flops_per_second": flops_per_second,
+        "memory_bytes": memory_bytes,
+        "downlink_bytes_per_second": downlink_bytes_per_second,
+        "uplink_bytes_per_second": uplink_bytes_per_second,
+    }
+    _check_num_clients(num_clients)
+    for name, number in numbers.items():
+        if not number > 0:
+            raise ValueError(f"{name} is {number}, it must be positive")
+    return ClientProfile(**{name: jnp.full(num_clients, number, jnp.float32) for name, number in numbers.items()})
+
+
+def tiers(key: Key[Array, ""], num_clients: int) -> ClientProfile:
+    """Clients of the three `TIERS`, small, medium or large, drawn with equal chances."""
+    _check_num_clients(num_clients)
+    table = jnp.array(list(TIERS.values()), jnp.float32)
+    rows = table[jax.random.randint(key, (num_clients,), 0, len(TIERS))]
+    return ClientProfile(*rows.T)
+
+
+def _check_num_clients(num_clients: int) -> None:
+    if num_clients < 1:
+        raise ValueError(f"num_clients is {num_clients}, it must be at least 1")

@@ -1,0 +1,160 @@
+"""Dynamic fitness scoring: how well each expert suits each client, a moving average learnt from training feedback.
+
+With s the score of a pair in this round, Q <- (1 - beta) Q + beta s, for scored pairs only. They differ in s:
+
+  solo             exp(-alpha loss) of an expert used alone on a local batch; held and probed experts
+  loss_driven      exp(-alpha loss) of the tokens that the client's router sent to the expert
+  accuracy_driven  accuracy of those tokens
+  usage_driven     share of the client's tokens that its router sent to the expert
+
+All other pairs keep Q, or decay to the prior with `forget`. The cost of a round depends on the cohort alone.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from fedmoe_jax.base import NO_EXPERT, Alignment, Cohort, Feedback, Fitness, pytree
+
+
+@pytree
+class FitnessState:
+    """Q and what makes it lazy: a client's row is brought up to date only when the client is seen.
+
+    `count` is how often each pair was scored; it has no columns when exploration is off. `seen` is the round up to
+    which a client's row is decayed, `round` the number of updates so far.
+    """
+
+    value: Float[Array, "population expert"]
+    count: Float[Array, "population counted"]
+    seen: Int[Array, " population"]
+    round: Int[Array, ""]
+
+
+def solo(
+    *, beta: float = 0.3, alpha: float = 1.0, probes: int = 1, prior: float = 1.0, exploration: float = 0.0, forget: float = 0.0
+) -> Fitness:
+    """Fitness from each expert used alone on a local batch: s = exp(-alpha solo_loss), in (0, 1] for losses >= 0.
+
+    The mixture's accuracy hardly tells its experts apart; an expert alone does.
+
+    Args:
+      beta: weight of the newest score, above 0, at most 1.
+      alpha: how fast the score falls with the loss, positive.
+      probes: unheld experts that each client also tries in a round.
+      prior: Q of a pair never scored. High values make clients try every expert.
+      exploration: weight of the bonus sqrt(log(1 + n_c) / (1 + n_ce)), n_ce scores of the pair, n_c of the client [1].
+      forget: share of the distance to the prior that pairs without a new score lose each round, 0 to 1.
+
+    Raises:
+      ValueError: if an argument is out of its range.
+
+    References:
+      [1] Auer, Cesa-Bianchi and Fischer, "Finite-time analysis of the multiarmed bandit problem", 2002 (UCB1).
+    """
+    _check(alpha=alpha, probes=probes)
+
+    def pairs(alignment: Alignment, feedback: Feedback):
+        expert = jnp.concatenate([alignment.held, alignment.probed], axis=1)
+        valid = jnp.broadcast_to(feedback.examples[:, None] > 0, expert.shape)
+        return expert, jnp.exp(-alpha * feedback.solo_loss), valid
+
+    return _moving_average(pairs, beta=beta, prior=prior, exploration=exploration, forget=forget, probes=probes)
+
+
+def loss_driven(*, beta: float = 0.3, alpha: float = 1.0, prior: float = 1.0, exploration: float = 0.0, forget: float = 0.0) -> Fitness:
+    """Fitness from the mean loss of the tokens routed to the expert: s = exp(-alpha loss). Arguments as in `solo`."""
+    _check(alpha=alpha)
+
+    def pairs(alignment: Alignment, feedback: Feedback):
+        return alignment.held, jnp.exp(-alpha * feedback.loss), feedback.tokens > 0
+
+    return _moving_average(pairs, beta=beta, prior=prior, exploration=exploration, forget=forget)
+
+
+def accuracy_driven(*, beta: float = 0.3, prior: float = 1.0, exploration: float = 0.0, forget: float = 0.0) -> Fitness:
+    """Fitness from the accuracy of the tokens routed to the expert: s = correct, 0 to 1. Arguments as in `solo`."""
+
+    def pairs(alignment: Alignment, feedback: Feedback):
+        return alignment.held, feedback.correct, feedback.tokens > 0
+
+    return _moving_average(pairs, beta=beta, prior=prior, exploration=exploration, forget=forget)
+
+
+def usage_driven(*, beta: float = 0.3, prior: float = 1.0, exploration: float = 0.0, forget: float = 0.0) -> Fitness:
+    """Fitness from the share of the client's tokens routed to the expert, 0 to 1. Arguments as in `solo`.
+
+    A held expert that got no token of a client that has some is scored 0: that, too, is usage.
+    """
+
+    def pairs(alignment: Alignment, feedback: Feedback):
+        total = feedback.tokens.sum(axis=1, keepdims=True)
+        return alignment.held, feedback.tokens / jnp.maximum(total, 1), jnp.broadcast_to(total > 0, feedback.tokens.shape)
+
+    return _moving_average(pairs, beta=beta, prior=prior, exploration=exploration, forget=forget)
+
+
+def _moving_average(pairs, *, beta: float, prior: float, exploration: float, forget: float, probes: int = 0) -> Fitness:
+    """The Fitness whose `pairs(alignment, feedback)` gives (expert, score, valid), each [client, pair]."""
+    _check(beta=beta, prior=prior, exploration=exploration, forget=forget)
+    counted = exploration > 0
+
+    def init(num_clients: int, num_experts: int) -> FitnessState:
+        return FitnessState(
+            value=jnp.full((num_clients, num_experts), prior, jnp.float32),
+            count=jnp.zeros((num_clients, num_experts if counted else 0), jnp.float32),
+            seen=jnp.zeros(num_clients, jnp.int32),
+            round=jnp.zeros((), jnp.int32),
+        )
+
+    def rows(state: FitnessState, client: Int[Array, " client"]):
+        """Value and count of some clients, decayed up to now."""
+        keep = jnp.power(1.0 - forget, (state.round - state.seen[client])[:, None])
+        return prior + (state.value[client] - prior) * keep, state.count[client] * keep
+
+    def score(state: FitnessState, client: Int[Array, " client"]) -> Float[Array, "client expert"]:
+        value, count = rows(state, client)
+        if not counted:
+            return value
+        return value + exploration * jnp.sqrt(jnp.log1p(count.sum(axis=1, keepdims=True)) / (1.0 + count))
+
+    def update(state: FitnessState, cohort: Cohort, alignment: Alignment, feedback: Feedback) -> FitnessState:
+        value, count = rows(state, cohort.client)
+        scored, new = _to_experts(value.shape[1], *pairs(alignment, feedback))
+        value = jnp.where(scored, (1.0 - beta) * value + beta * new, prior + (value - prior) * (1.0 - forget))
+        count = jnp.where(scored, count + 1.0, count * (1.0 - forget)) if counted else count
+        row = jnp.where(cohort.present, cohort.client, state.seen.shape[0])  # absent rows fall off the end
+        return FitnessState(
+            value=state.value.at[row].set(value, mode="drop"),
+            count=state.count.at[row].set(count, mode="drop"),
+            seen=state.seen.at[row].set(state.round + 1, mode="drop"),
+            round=state.round + 1,
+        )
+
+    return Fitness(init, score, update, probes)
+
+
+def _to_experts(
+    num_experts: int, expert: Int[Array, "client pair"], score: Float[Array, "client pair"], valid: Bool[Array, "client pair"]
+) -> tuple[Bool[Array, "client expert"], Float[Array, "client expert"]]:
+    """Which experts got a usable score, and the scores, from slots to columns of experts."""
+    valid = valid & (expert != NO_EXPERT) & jnp.isfinite(score)
+    column = jnp.where(valid, expert, num_experts)
+    row = jnp.arange(expert.shape[0])[:, None]
+    shape = (expert.shape[0], num_experts)
+    scored = jnp.zeros(shape, bool).at[row, column].set(True, mode="drop")
+    return scored, jnp.zeros(shape, jnp.float32).at[row, column].set(score.astype(jnp.float32), mode="drop")
+
+
+def _check(**arguments: float | int) -> None:
+    allowed = {
+        "beta": (lambda v: 0 < v <= 1, "above 0, at most 1"),
+        "alpha": (lambda v: 0 < v < float("inf"), "positive"),
+        "probes": (lambda v: v >= 0, "0 or more"),
+        "prior": (lambda v: abs(v) < float("inf"), "finite"),
+        "exploration": (lambda v: 0 <= v < float("inf"), "0 or more"),
+        "forget": (lambda v: 0 <= v <= 1, "0 to 1"),
+    }
+    for name, value in arguments.items():
+        accepts, words = allowed[name]
+        if not accepts(value):
+            raise ValueError(f"{name} is {value}, it must be {words}")

@@ -1,0 +1,236 @@
+"""The pytrees that pass between the stages of a round, the strategies that make them, and the axis legend.
+
+Axis legend, used in every annotation, docstring and einsum of the package:
+
+  population  N  all clients                      client   C  the clients of one round's cohort
+  expert      E  experts of the global model      slot     K  places for experts on one client
+  probe       P  unheld experts tried in a round  example  B  examples of a batch
+  token       T  positions of an example          feature  D  width of a layer
+  hidden      H  width inside an expert           class       outputs of a classifier
+
+The client or expert axis always leads. Absence is a mask or `NO_EXPERT`, never a shorter array.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform, runtime_checkable
+
+import jax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+NO_EXPERT = -1
+"""What `Alignment.held` and `Alignment.probed` contain in an empty slot."""
+
+_T = TypeVar("_T")
+
+
+def static(**kwargs: Any) -> Any:
+    """A dataclass field that belongs to the pytree's structure: hashable, and a new value compiles again."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(static,))
+def pytree(cls: type[_T]) -> type[_T]:
+    """Makes `cls` a frozen dataclass and a pytree; fields marked with `static()` are part of its structure.
+
+    Unflattening does not call `__init__`, so transformations may put tracers, axes or sentinels into the fields.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)  # type: ignore[assignment]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    data = [f.name for f in fields if not f.metadata.get("static")]
+    meta = [f.name for f in fields if f.metadata.get("static")]
+
+    def flatten_with_keys(value):
+        children = [(jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in data]
+        return children, tuple(getattr(value, name) for name in meta)
+
+    def unflatten(aux, children):
+        value = object.__new__(cls)
+        for name, child in (*zip(data, children, strict=True), *zip(meta, aux, strict=True)):
+            object.__setattr__(value, name, child)
+        return value
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
+    return cls
+
+
+def stage_key(key: Key[Array, ""], stage: str) -> Key[Array, ""]:
+    """The key of a named stage of a round, derived from the round's key."""
+    return jax.random.fold_in(key, zlib.crc32(stage.encode()))
+
+
+def client_keys(key: Key[Array, ""], client: Int[Array, " client"]) -> Key[Array, " client"]:
+    """One key a client, by its ID in the population and never by its place in the cohort."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, client)
+
+
+@pytree
+class ClientProfile:
+    """What each client can afford. Positive numbers; `inf` means that it does not limit."""
+
+    flops_per_second: Float[Array, " client"]
+    memory_bytes: Float[Array, " client"]
+    downlink_bytes_per_second: Float[Array, " client"]
+    uplink_bytes_per_second: Float[Array, " client"]
+
+
+@pytree
+class RoundCost:
+    """What one round costs a client: a part for the shared parameters and a part for each expert.
+
+    Bytes are what one direction of the link carries; memory covers parameters, gradients, optimizer state and
+    activations; FLOPs are those of one example through forward and backward pass.
+    """
+
+    shared_bytes: Float[Array, ""]
+    expert_bytes: Float[Array, ""]
+    shared_memory: Float[Array, ""]
+    expert_memory: Float[Array, ""]
+    shared_flops: Float[Array, ""]
+    expert_flops: Float[Array, ""]
+
+
+@pytree
+class Batch:
+    """Examples as a loss function sees them. `mask` is False for padding, whose `x` and `y` are arbitrary."""
+
+    x: Array
+    y: Array
+    mask: Bool[Array, " example"]
+
+
+@runtime_checkable
+class Population(Protocol):
+    """What the stages ask of client data; `fedmoe_jax.data.population.Population` is the implementation."""
+
+    @property
+    def profile(self) -> ClientProfile: ...
+
+    @property
+    def num_clients(self) -> int: ...
+
+    @property
+    def max_examples(self) -> int:
+        """Examples of the largest client."""
+        ...
+
+    def num_examples(self, client: Int[Array, ""]) -> Int[Array, ""]:
+        """Examples of one client."""
+        ...
+
+    def batch(self, client: Int[Array, ""], position: Int[Array, " example"]) -> Batch:
+        """One client's examples at `position`, 0 to num_examples - 1; other positions are masked."""
+        ...
+
+
+@pytree
+class Cohort:
+    """The clients of one round. Rows that are not `present` are padding and are masked everywhere."""
+
+    client: Int[Array, " client"]
+    present: Bool[Array, " client"]
+    slots: Int[Array, " client"]
+
+
+@pytree
+class Alignment:
+    """Which experts each client trains (`held`) and merely tries (`probed`); empty places are `NO_EXPERT`.
+
+    `fitness` is the score of each held pair (0 in empty slots), `fitness_mean` each client's mean over all experts.
+    """
+
+    held: Int[Array, "client slot"]
+    probed: Int[Array, "client probe"]
+    fitness: Float[Array, "client slot"]
+    fitness_mean: Float[Array, " client"]
+
+
+@pytree
+class Feedback:
+    """What training told about each client and slot; empty slots and absent clients hold 0.
+
+    `examples` counts the client's own examples, `tokens` those routed to a slot in all local steps. `correct` and
+    `loss` are means over a slot's tokens; `solo_loss` is the loss of each held, then each probed expert used alone.
+    """
+
+    examples: Int[Array, " client"]
+    tokens: Int[Array, "client slot"]
+    correct: Float[Array, "client slot"]
+    loss: Float[Array, "client slot"]
+    solo_loss: Float[Array, "client slot_and_probe"]
+
+
+@pytree
+class ClientUpdate:
+    """What clients return: delta = local - global of the shared part and of each slot, and what weighs it.
+
+    Absent clients have `examples` 0 and `tokens` 0; their deltas may hold anything finite.
+    """
+
+    shared: PyTree[Float[Array, "client ..."]]
+    experts: PyTree[Float[Array, "client slot ..."]]
+    held: Int[Array, "client slot"]
+    examples: Int[Array, " client"]
+    tokens: Int[Array, "client slot"]
+
+
+class Fitness(NamedTuple):
+    """How well each expert suits each client, learnt from feedback.
+
+    init(num_clients, num_experts) -> state; score(state, client) -> Float[client expert], higher is better;
+    update(state, cohort, alignment, feedback) -> state. `probes` unheld experts are tried by each client a round.
+    """
+
+    init: Callable[[int, int], PyTree]
+    score: Callable[[PyTree, Int[Array, " client"]], Float[Array, "client expert"]]
+    update: Callable[[PyTree, Cohort, Alignment, Feedback], PyTree]
+    probes: int = 0
+
+
+class LoadMonitor(NamedTuple):
+    """How much each expert has been trained, and how many clients it should get.
+
+    init(num_experts) -> state; bounds(state, slots) -> (lower, upper), Int[expert] each;
+    update(state, held, tokens) -> state.
+    """
+
+    init: Callable[[int], PyTree]
+    bounds: Callable[[PyTree, Int[Array, " client"]], tuple[Int[Array, " expert"], Int[Array, " expert"]]]
+    update: Callable[[PyTree, Int[Array, "client slot"], Int[Array, "client slot"]], PyTree]
+
+
+class Aligner(NamedTuple):
+    """Decides each round which client trains which experts, and learns from what came of it.
+
+    init(num_clients) -> state; align(key, state, cohort) -> (Alignment, state);
+    learn(state, cohort, alignment, feedback) -> state. No client gets more than `max_slots` experts.
+    """
+
+    init: Callable[[int], PyTree]
+    align: Callable[[Key[Array, ""], PyTree, Cohort], tuple[Alignment, PyTree]]
+    learn: Callable[[PyTree, Cohort, Alignment, Feedback], PyTree]
+    max_slots: int
+
+
+class Aggregator(NamedTuple):
+    """Turns client updates, seen in chunks, into one server update.
+
+    init(experts, shared) -> total; add(total, update) -> total; finish(total) -> (expert deltas, shared deltas).
+    `needs` says what it reads of each client: "sum", "norms" or "deltas".
+    """
+
+    init: Callable[[PyTree, PyTree], PyTree]
+    add: Callable[[PyTree, ClientUpdate], PyTree]
+    finish: Callable[[PyTree], tuple[PyTree, PyTree]]
+    needs: str
+
+
+@runtime_checkable
+class LossFn(Protocol):
+    """loss_fn(model, batch, key) -> (loss[example], aux), where aux maps names to per-example metrics.
+
+    aux["correct"], the share of an example's predictions that are right, is what accuracies are made of.
+    """
+
+    def __call__(self, model: Any, batch: Batch, key: Key[Array, ""], /) -> tuple[Float[Array, " example"], dict[str, Array]]: ...

@@ -1,0 +1,146 @@
+"""The `fedmoe` command: train, compare, eval, report and profile."""
+
+import dataclasses
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, parse
+
+_USAGE = """usage: fedmoe COMMAND ...
+
+  train [CONFIG.toml] [--field value ...] --out DIR     one run; --resume continues it, --help lists the fields
+  compare [CONFIG.toml] --aligners A B ... --seeds N --out DIR     several aligners on the same seeds
+  eval DIR [--data DATA]                                accuracy of a run's model, also on other data
+  report DIR                                            writes DIR/report.html again
+  profile                                               what this machine can afford as a client, as JSON
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """Flags of `fedmoe train` that are not part of the configuration."""
+
+    out: str | None = None
+    """Folder of the run: absent, empty, or with --resume the run to continue."""
+    resume: bool = False
+    """Continue the run in --out."""
+    trace: str | None = None
+    """Folder for a JAX profile."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareOptions:
+    """Flags of `fedmoe compare` that are not part of the configuration."""
+
+    out: str | None = None
+    """An absent or empty folder."""
+    aligners: tuple[str, ...] = ("random", "greedy", "load_only", "balanced")
+    """Aligners to compare."""
+    seeds: int = 5
+    """Runs of each aligner."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0 when done, 2 after a user's mistake, 1 after anything else."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0 if words else 2
+    sys.path.insert(0, os.getcwd())
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train, "compare": _compare, "eval": _eval, "report": _report, "profile": _profile,
+    }  # fmt: skip
+    try:
+        if words[0] not in commands:
+            raise UsageError(f"{words[0]!r} is no command, must be one of {', '.join(commands)}")
+        commands[words[0]](words[1:])
+    except ValueError as error:
+        print(f"fedmoe {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; continue with --resume", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(words: list[str]) -> None:
+    resumed = "--resume" in words and _stored(words)
+    config, options = parse(TrainConfig, words, "fedmoe train", default=resumed or None, options=TrainOptions)
+    from fedmoe_jax.training.trainer import train
+
+    summary = train(config, _folder(options.out), resume=options.resume, trace=options.trace)
+    last = summary["last"]
+    print(f"accuracy {_percent(last['eval_accuracy'])}, clients' own {_percent(last['client_accuracy_mean'])}: {options.out}/report.html")
+
+
+def _stored(words: list[str]) -> TrainConfig | None:
+    """The configuration of the run that --resume continues, which flags need not repeat."""
+    given = [word.removeprefix("--out=") for word in words if word.startswith("--out=")]
+    given += [after for word, after in itertools.pairwise(words) if word == "--out"]
+    path = Path(given[-1]) / "config.toml" if given else Path()
+    return TrainConfig(**from_toml(path)) if path.is_file() else None
+
+
+def _compare(words: list[str]) -> None:
+    config, options = parse(TrainConfig, words, "fedmoe compare", options=CompareOptions)
+    from fedmoe_jax.training.compare import compare
+
+    table = compare(config, _folder(options.out), aligners=list(options.aligners), seeds=options.seeds)
+    for aligner, figures in table["aligners"].items():
+        cells = (f"{name} {_interval(figures[name])}" for name in ("eval_accuracy", "client_accuracy_mean", "load_cv_total"))
+        print(f"{aligner:>10}  " + "  ".join(cells))
+    print(f"{options.out}/report.html")
+
+
+def _eval(words: list[str]) -> None:
+    if not words or words[0].startswith("-"):
+        raise UsageError("eval takes the folder of a run")
+    folder, rest = Path(words[0]), words[1:]
+    if not (folder / "config.toml").is_file():
+        raise UsageError(f"{folder} holds no run")
+    before = TrainConfig(**from_toml(folder / "config.toml"))
+    config, _ = parse(TrainConfig, rest, "fedmoe eval", default=before)
+    from fedmoe_jax.training.evaluate import evaluate_run
+
+    print(json.dumps(evaluate_run(folder, before, config)))
+
+
+def _report(words: list[str]) -> None:
+    if len(words) != 1:
+        raise UsageError("report takes the folder of a run or comparison")
+    from fedmoe_jax.training.report import write_report
+
+    print(write_report(words[0]))
+
+
+def _profile(words: list[str]) -> None:
+    if words:
+        raise UsageError(f"profile takes no arguments, not {' '.join(words)}")
+    from fedmoe_jax.training.machine import measure
+
+    print(json.dumps(measure()))
+
+
+def _folder(out: str | None) -> str:
+    if out is None:
+        raise UsageError("--out is missing: give the folder that the run is written to")
+    return out
+
+
+def _percent(value: Any) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def _interval(cell: dict[str, Any]) -> str:
+    if cell["mean"] is None:
+        return "-"
+    return f"{cell['mean']:.3f}" + ("" if cell["half_width"] is None else f" +- {cell['half_width']:.3f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

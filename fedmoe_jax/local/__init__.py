@@ -1,0 +1,5 @@
+"""A client's training."""
+
+from fedmoe_jax.local import cost, plan, primal
+
+__all__ = ["cost", "plan", "primal"]

@@ -1,0 +1,144 @@
+"""Local training of a whole cohort: clients vmapped, in chunks that fit into memory, summed as they come."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from fedmoe_jax.base import NO_EXPERT, Aggregator, Alignment, ClientUpdate, Cohort, Feedback, LossFn, Population, RoundCost, client_keys
+from fedmoe_jax.experts import Partition, RouterParam, gather
+from fedmoe_jax.local import primal
+from fedmoe_jax.local.cost import round_cost, tree_bytes
+
+
+class Trainer(NamedTuple):
+    """The hyper-parameters of local training, fixed for a run; see `round.federated_moe`."""
+
+    parts: Partition
+    loss_fn: LossFn
+    client_optimizer: Any
+    batch_size: int
+    local_epochs: int | None
+    local_steps: int | None
+    prox: float
+    personal: bool
+    solo_examples: int
+    chunk_size: int
+    aggregator: Aggregator
+
+    def optimizer(self, round: Any) -> optax.GradientTransformation:
+        """The client optimizer of a round."""
+        made = self.client_optimizer
+        return made if isinstance(made, optax.GradientTransformation) else made(round)
+
+    def cost(self, population: Population, round: Any) -> RoundCost:
+        """What a round costs a client, from the traced model."""
+        batch = jax.eval_shape(lambda: population.batch(jnp.int32(0), jnp.arange(self.batch_size)))
+        return round_cost(self.parts, self.loss_fn, self.optimizer(round), batch)
+
+    def examples(self, owned: Any) -> Any:
+        """Examples that a client with `owned` examples processes in a round."""
+        return owned * self.local_epochs if self.local_steps is None else jnp.minimum(owned, self.batch_size) * self.local_steps
+
+    def train(self, key, state, population, cohort: Cohort, alignment: Alignment, prior) -> Any:
+        """Trains the cohort.
+
+        Returns:
+          (expert deltas, shared deltas), personal router rows, Feedback, (mean training loss, rejected updates).
+        """
+        size = cohort.client.shape[0]
+        chunks = -(-size // self.chunk_size)
+        order = jnp.arange(size)
+        if chunks > 1:  # clients of like size side by side wait less for each other
+            order = jnp.argsort(jnp.where(cohort.present, jax.vmap(population.num_examples)(cohort.client), 0))
+        keys = client_keys(key, cohort.client)
+        rows = (keys, cohort.client, cohort.present, alignment.held, alignment.probed, prior)
+        rows = jax.tree.map(lambda row: _chunked(row[order], chunks, self.chunk_size), rows)
+        train_chunk = self._chunk_function(state, population)
+        total = self.aggregator.init(state.experts, state.shared)
+        total, out = jax.lax.scan(train_chunk, total, rows)
+        feedback, routers, loss, rejected = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][jnp.argsort(order)], out)
+        personal = state.personal
+        if personal is not None:
+            personal = _store(personal, routers, cohort, alignment.held)
+        feedback = Feedback(*feedback)
+        examples = feedback.examples
+        train_loss = (loss * examples).sum() / jnp.maximum(examples.sum(), 1)
+        return self.aggregator.finish(total), personal, feedback, (train_loss, rejected.sum())
+
+    def _chunk_function(self, state, population) -> Callable[[Any, Any], Any]:
+        client = jax.vmap(lambda *row: self._client(state, population, *row))
+
+        def train_chunk(total, rows):
+            update, feedback, loss, rejected = client(*rows)
+            routers = nnx.split_state(update[1], RouterParam, ...)[0] if self.personal else None
+            return self.aggregator.add(total, ClientUpdate(*update)), (feedback, routers, loss, rejected)
+
+        return train_chunk
+
+    def _client(self, state, population, key, client, present, held, probed, prior):
+        """One client: solo evaluation of what it received, training, and a check that its update is finite."""
+        slots = held.shape[0]
+        candidates = gather(state.experts, jnp.concatenate([held, probed]))
+        if self.personal:
+            candidates = _own_routers(candidates, state.personal, client, jnp.concatenate([held, probed]))
+        solo = jnp.full(slots + probed.shape[0], jnp.nan)
+        if self.solo_examples:
+            common = dict(parts=self.parts, loss_fn=self.loss_fn)
+            keys = jax.random.fold_in(key, 1)
+            solo = primal.solo_losses(keys, population, client, candidates, state.shared, num_examples=self.solo_examples, **common)
+        result = primal.train(
+            jax.random.fold_in(key, 0), population, client, jax.tree.map(lambda w: w[:slots], candidates), state.shared,
+            held != NO_EXPERT, prior, parts=self.parts, loss_fn=self.loss_fn, optimizer=self.optimizer(state.round),
+            batch_size=self.batch_size, local_epochs=self.local_epochs, local_steps=self.local_steps, prox=self.prox,
+        )  # fmt: skip
+        finite = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a: jnp.isfinite(a).all(), result))
+        good = present & finite
+        result = jax.tree.map(lambda a: jnp.where(good, a, 0), result)
+        tokens = jnp.where(held == NO_EXPERT, 0, result.tokens)
+        examples = jnp.where(good, population.num_examples(client), 0)
+        count = jnp.maximum(tokens, 1)
+        solo = jnp.where(present & (jnp.concatenate([held, probed]) != NO_EXPERT), solo, 0)
+        whole = tokens.astype(jnp.int32)
+        feedback = (examples, whole, result.correct / count, result.loss / count, solo)
+        update = (result.shared, result.experts, held, examples, whole)
+        return update, feedback, result.train_loss / jnp.maximum(result.trained, 1), present & ~finite
+
+
+def router_rows(experts: Any, num_clients: int, budget_bytes: float) -> Any:
+    """Every client's own router rows [population, expert, ...], each starting as the model's.
+
+    Raises:
+      ValueError: if the model has no RouterParam, or the rows take more than `budget_bytes`.
+    """
+    rows = nnx.split_state(experts, RouterParam, ...)[0]
+    if not jax.tree.leaves(rows):
+        raise ValueError("router is 'personal', but the model has no RouterParam")
+    needed = num_clients * tree_bytes(rows)
+    if needed > budget_bytes:
+        raise ValueError(f"router is 'personal', which takes {needed} bytes for {num_clients} clients; the budget is {budget_bytes:.0f}")
+    return jax.tree.map(lambda row: jnp.repeat(row[None], num_clients, 0), rows)
+
+
+def _own_routers(candidates, personal, client, expert):
+    _, weights = nnx.split_state(candidates, RouterParam, ...)
+    own = jax.tree.map(lambda rows: rows[client, jnp.maximum(expert, 0)], personal)
+    return nnx.merge_state(own, weights)
+
+
+def _store(personal, deltas, cohort, held):
+    """Adds what each present client learnt to its own router rows."""
+    experts = jax.tree.leaves(personal)[0].shape[1]
+    slot = jnp.where(cohort.present[:, None] & (held != NO_EXPERT), held, experts)
+    return jax.tree.map(lambda rows, delta: rows.at[cohort.client[:, None], slot].add(delta, mode="drop"), personal, deltas)
+
+
+def _chunked(rows, chunks, size):
+    """[client, ...] -> [chunk, client, ...]; padding rows repeat the first client and are False in masks."""
+    missing = chunks * size - rows.shape[0]
+    fill = jnp.zeros_like(rows[:1]) if rows.dtype == bool else rows[:1]
+    padded = jnp.concatenate([rows, jnp.repeat(fill, missing, 0)]) if missing else rows
+    return padded.reshape(chunks, size, *rows.shape[1:])

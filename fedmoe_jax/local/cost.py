@@ -1,0 +1,89 @@
+"""What local training costs, read off the traced program: FLOPs of products, bytes of parameters and activations."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.extend import core
+
+from fedmoe_jax.base import Batch, LossFn, RoundCost
+from fedmoe_jax.experts import Partition
+from fedmoe_jax.local.primal import objective
+
+
+def count_flops(function: Callable[..., Any], *args: Any) -> int:
+    """FLOPs of the matrix products and convolutions of `function(*args)`, a multiply-add being two.
+
+    Loops count their body times their length; loops of unknown length count it once, branches their dearest.
+    Arguments may be `jax.ShapeDtypeStruct`.
+    """
+    return _flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _flops(jaxpr: Any) -> int:
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracting, _), _ = params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracting)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_features
+    inner = [_flops(getattr(value, "jaxpr", value)) for value in _subprograms(params)]
+    if name == "cond":
+        return max(inner)
+    return sum(inner) * (params["length"] if name == "scan" else 1)
+
+
+def _subprograms(params: dict[str, Any]) -> list[Any]:
+    leaves = jax.tree.leaves(params, is_leaf=lambda value: isinstance(value, core.Jaxpr | core.ClosedJaxpr))
+    return [value for value in leaves if isinstance(value, core.Jaxpr | core.ClosedJaxpr)]
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a pytree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def round_cost(
+    parts: Partition, loss_fn: LossFn, optimizer: optax.GradientTransformation, batch: Batch, *, router_bytes: int = 0
+) -> RoundCost:
+    """The cost of a client's round from the actual model: the program is traced with one and with two experts.
+
+    Args:
+      batch: one batch's shapes (arrays or `jax.ShapeDtypeStruct`).
+      router_bytes: part of an expert's bytes that does not travel.
+
+    Returns:
+      Per-expert FLOPs are the difference between two held experts and one; memory is weights, gradients, deltas and
+      optimizer state, plus one activation's worth of bytes for each FLOP-free output of the forward pass.
+    """
+    one = jax.eval_shape(lambda tree: jax.tree.map(lambda weight: weight[:1], tree), parts.experts)
+
+    def flops(slots):
+        experts = jax.tree.map(lambda w: jax.ShapeDtypeStruct((slots, *w.shape[1:]), w.dtype), parts.experts)
+        args = (experts, parts.shared, batch, jnp.ones(slots, bool), jnp.zeros(slots), jax.random.key(0))
+        return count_flops(jax.grad(lambda *a: objective(parts, loss_fn, *a)[0], (0, 1)), *args) / batch.mask.shape[0]
+
+    single, pair = flops(1), flops(2)
+    expert_bytes, shared_bytes = tree_bytes(one), tree_bytes(parts.shared)
+    copies = 3.0 + tree_bytes(jax.eval_shape(optimizer.init, one)) / expert_bytes
+    activations = _activation_bytes(parts, loss_fn, batch, one)
+    numbers = (shared_bytes, expert_bytes - router_bytes, copies * shared_bytes + activations, copies * expert_bytes)
+    return RoundCost(*(jnp.float32(number) for number in (*numbers, 2 * single - pair, pair - single)))
+
+
+def _activation_bytes(parts: Partition, loss_fn: LossFn, batch: Batch, one: Any) -> int:
+    """Bytes of every intermediate of the forward pass with one expert: an upper bound of what its gradient keeps."""
+    args = (one, parts.shared, batch, jnp.ones(1, bool), jnp.zeros(1), jax.random.key(0))
+    jaxpr = jax.make_jaxpr(lambda *a: objective(parts, loss_fn, *a)[0])(*args).jaxpr
+    sizes = (math.prod(v.aval.shape) * v.aval.dtype.itemsize for e in jaxpr.eqns for v in e.outvars if hasattr(v.aval, "dtype"))
+    return sum(sizes)

@@ -1,0 +1,121 @@
+"""Local training with each client's own copy of the weights it holds: the primal engine."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from fedmoe_jax.base import Batch, LossFn, Population, pytree
+from fedmoe_jax.experts import Partition, Slots, bind, report
+from fedmoe_jax.sampling import permutation
+
+
+@pytree
+class LocalResult:
+    """What one client's training leaves: the deltas of what it received, and sums over all its local steps."""
+
+    experts: PyTree[Float[Array, "slot ..."]]
+    shared: PyTree[Float[Array, "..."]]
+    tokens: Float[Array, " slot"]
+    correct: Float[Array, " slot"]
+    loss: Float[Array, " slot"]
+    train_loss: Float[Array, ""]
+    trained: Float[Array, ""]
+
+
+def objective(
+    parts: Partition, loss_fn: LossFn, experts: PyTree, shared: PyTree, batch: Batch, held: Array, prior: Array, key: Array
+) -> tuple[Float[Array, ""], tuple[Array, Array, Array]]:
+    """The mean loss over real examples plus the layers' auxiliary losses, and (loss, correct, tokens) of each example."""
+    model = bind(parts, experts, shared, Slots(held, prior, batch.mask))
+    loss, aux = loss_fn(model, batch, key)
+    tokens, penalty = report(model)
+    loss = jnp.where(batch.mask, loss, 0)
+    correct = jnp.where(batch.mask, aux.get("correct", jnp.zeros_like(loss)), 0)
+    mean = loss.sum() / jnp.maximum(batch.mask.sum(), 1)
+    return mean + penalty, (loss, correct, jnp.where(batch.mask[:, None], tokens, 0))
+
+
+def num_steps(num_examples: Int[Array, ""], *, batch_size: int, local_epochs: int | None, local_steps: int | None) -> Any:
+    """Local steps of a client: `local_steps`, or as many as `local_epochs` passes over its examples take."""
+    return local_steps if local_steps is not None else local_epochs * -(-num_examples // batch_size)  # type: ignore[operator]
+
+
+def local_batch(key: Key[Array, ""], population: Population, client: Int[Array, ""], step: Int[Array, ""] | int, batch_size: int) -> Batch:
+    """The batch of a local step: every epoch visits each example of the client once, in an order of its own."""
+    size = population.num_examples(client)
+    steps_per_epoch = jnp.maximum(-(-size // batch_size), 1)
+    position = (step % steps_per_epoch) * batch_size + jnp.arange(batch_size)
+    shuffled = permutation(jax.random.fold_in(key, step // steps_per_epoch), position, size)
+    return population.batch(client, jnp.where(position < size, shuffled, size))
+
+
+def train(
+    key: Key[Array, ""],
+    population: Population,
+    client: Int[Array, ""],
+    experts: PyTree[Float[Array, "slot ..."]],
+    shared: PyTree[Float[Array, "..."]],
+    held: Bool[Array, " slot"],
+    prior: Float[Array, " slot"],
+    *,
+    parts: Partition,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    local_epochs: int | None,
+    local_steps: int | None,
+    prox: float,
+) -> LocalResult:
+    """Trains one client's slots and its copy of the shared parameters; vmap lifts it to a cohort.
+
+    `prox` is the weight of FedProx's pull towards the received weights (Li et al., MLSys 2020, eq. 2). Under vmap clients
+    with fewer steps wait, unchanged, for the one with the most.
+    """
+    received = (experts, shared)
+    gradient = jax.grad(lambda weights, *args: objective(parts, loss_fn, *weights, *args), has_aux=True)
+
+    def step(index, carry):
+        weights, optimizer_state, (tokens, correct, loss, total, trained) = carry
+        batch = local_batch(key, population, client, index, batch_size)
+        grads, (losses, rights, sent) = gradient(weights, batch, held, prior, jax.random.fold_in(key, index))
+        if prox:
+            grads = jax.tree.map(lambda g, w, w0: g + prox * (w - w0), grads, weights, received)
+        updates, optimizer_state = optimizer.update(grads, optimizer_state, weights)
+        sums = (tokens + sent.sum(0), correct + rights @ sent, loss + losses @ sent, total + losses.sum(), trained + batch.mask.sum())
+        return optax.apply_updates(weights, updates), optimizer_state, sums
+
+    none = jnp.zeros(held.shape[0])
+    start = (received, optimizer.init(received), (none, none, none, jnp.zeros(()), jnp.zeros(())))
+    steps = num_steps(population.num_examples(client), batch_size=batch_size, local_epochs=local_epochs, local_steps=local_steps)
+    weights, _, sums = jax.lax.fori_loop(0, steps, step, start)
+    delta_experts, delta_shared = jax.tree.map(jnp.subtract, weights, received)
+    return LocalResult(delta_experts, delta_shared, *sums)
+
+
+def solo_losses(
+    key: Key[Array, ""],
+    population: Population,
+    client: Int[Array, ""],
+    experts: PyTree[Float[Array, "candidate ..."]],
+    shared: PyTree[Float[Array, "..."]],
+    *,
+    parts: Partition,
+    loss_fn: LossFn,
+    num_examples: int,
+) -> Float[Array, " candidate"]:
+    """The loss of each candidate expert used alone, as received, on one batch of the client's examples.
+
+    What does not depend on the expert, such as the layers below the first MoE layer, is computed once for all.
+    """
+    batch = local_batch(key, population, client, 0, num_examples)
+    alone = Slots(jnp.ones(1, bool), jnp.zeros(1), batch.mask)
+
+    def one(expert):
+        model = bind(parts, jax.tree.map(lambda weight: weight[None], expert), shared, alone)
+        loss, _ = loss_fn(model, batch, key)
+        return jnp.where(batch.mask, loss, 0).sum() / jnp.maximum(batch.mask.sum(), 1)
+
+    return jax.vmap(one)(experts)

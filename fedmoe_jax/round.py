@@ -1,0 +1,240 @@
+"""One round of federated Mixture-of-Experts training, as one pure function, and the state that it carries."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from fedmoe_jax import aggregation, sampling
+from fedmoe_jax.alignment import capacity
+from fedmoe_jax.base import NO_EXPERT, Aggregator, Aligner, Cohort, LossFn, Population, RoundCost, pytree, stage_key
+from fedmoe_jax.experts import combine, held_mask, num_experts, partition
+from fedmoe_jax.local.cohort import Trainer, router_rows
+
+
+@pytree
+class State:
+    """What the next round reads. `personal` holds each client's own router rows, or None when they are shared."""
+
+    key: Key[Array, ""]
+    round: Int[Array, ""]
+    experts: PyTree[Float[Array, "expert ..."]]
+    shared: PyTree[Float[Array, "..."]]
+    personal: PyTree[Float[Array, "population expert ..."]] | None
+    optimizer: PyTree
+    aligner: PyTree
+    tokens: Float[Array, " expert"]
+    last_trained: Int[Array, " expert"]
+
+
+@pytree
+class Info:
+    """What a person reads of a round. Bytes and seconds are the round's own; `load` counts clients, `tokens` tokens.
+
+    `load_cv` is the coefficient of variation of `load`, `load_cv_total` that of tokens per expert since the start.
+    """
+
+    train_loss: Float[Array, ""]
+    load: Int[Array, " expert"]
+    tokens: Float[Array, " expert"]
+    load_cv: Float[Array, ""]
+    load_cv_total: Float[Array, ""]
+    coverage: Float[Array, ""]
+    staleness_max: Int[Array, ""]
+    fitness_mean: Float[Array, ""]
+    assignment_value: Float[Array, ""]
+    bytes_down: Float[Array, ""]
+    bytes_up: Float[Array, ""]
+    simulated_seconds: Float[Array, ""]
+    clients: Int[Array, ""]
+    dropped_clients: Int[Array, ""]
+    rejected_updates: Int[Array, ""]
+
+
+class Algorithm(NamedTuple):
+    """init(key, population) -> State; step(state, population) -> (State, Info), one round, jit-compiled."""
+
+    init: Callable[[Key[Array, ""], Population], State]
+    step: Callable[[State, Population], tuple[State, Info]]
+
+
+def federated_moe(
+    model: nnx.Module,
+    loss_fn: LossFn,
+    *,
+    client_optimizer: optax.GradientTransformation | Callable[[Array], optax.GradientTransformation],
+    server_optimizer: optax.GradientTransformation,
+    aligner: Aligner,
+    cohort_size: int,
+    batch_size: int,
+    local_epochs: int | None = None,
+    local_steps: int | None = None,
+    prox: float = 0.0,
+    router: str = "shared",
+    router_prior: float = 0.0,
+    deadline: float | None = None,
+    solo_examples: int | None = None,
+    chunk_size: int | None = None,
+    aggregator: Aggregator | None = None,
+    personal_budget_bytes: float = 4e9,
+) -> Algorithm:
+    """Federated training of a model whose experts are spread over clients by an aligner.
+
+    Args:
+      model: an nnx model with ExpertParams; its weights are the initial ones.
+      loss_fn: loss_fn(model, batch, key) -> (loss[example], aux), see `base.LossFn`.
+      client_optimizer: an optax optimizer, fresh in each round, or a function of the round that makes one.
+      server_optimizer: gets minus the aggregated delta as its gradient; `optax.sgd(1.0)` is FedAvg.
+      cohort_size: clients sampled each round, at most the population.
+      local_epochs, local_steps: exactly one of them: passes over a client's data, or optimizer steps.
+      batch_size: examples in a local step.
+      prox: weight of the FedProx term.
+      router: "shared", or "personal": router rows stay on the client, and the server keeps their average.
+      router_prior: multiple of a client's centred fitness added to its router logits during its own training.
+      deadline: seconds that a client has; it limits slots, and clients too slow for the shared part are dropped.
+      solo_examples: examples of the solo evaluation, 0 for none; `batch_size` if None.
+      chunk_size: clients trained side by side; all of the cohort if None. Changes results by rounding only.
+      personal_budget_bytes: most that personal routers may take in all.
+
+    Raises:
+      ValueError: naming the argument that cannot be.
+    """
+    experts, parts = _checked(model, aligner, cohort_size, local_epochs, local_steps, batch_size, prox, router, deadline, chunk_size)
+    aggregator = aggregation.mean() if aggregator is None else aggregator
+    trainer = Trainer(
+        parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, prox, router == "personal",
+        batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
+    )  # fmt: skip
+
+    def init(key: Key[Array, ""], population: Population) -> State:
+        if cohort_size > population.num_clients:
+            raise ValueError(f"cohort_size is {cohort_size}, it must be at most the population, {population.num_clients}")
+        personal = None
+        if router == "personal":
+            personal = router_rows(parts.experts, population.num_clients, personal_budget_bytes)
+        weights = jax.tree.map(jnp.copy, (parts.experts, parts.shared))
+        never = jnp.full(experts, -1, jnp.int32)
+        learnt = aligner.init(population.num_clients)
+        return State(
+            jnp.copy(key), jnp.int32(0), weights[0], weights[1], personal, server_optimizer.init(weights), learnt, jnp.zeros(experts), never
+        )
+
+    @jax.jit
+    def step(state: State, population: Population) -> tuple[State, Info]:
+        key = jax.random.fold_in(state.key, state.round)
+        cost = trainer.cost(population, state.round)
+        sampled = sampling.cohort(stage_key(key, "cohort"), population.num_clients, cohort_size)
+        cohort, examples, admitted = _admit(population, sampled, cost, aligner.max_slots, deadline, trainer)
+        alignment, aligned = aligner.align(stage_key(key, "align"), state.aligner, cohort)
+        prior = jnp.where(alignment.held == NO_EXPERT, 0, router_prior * (alignment.fitness - alignment.fitness_mean[:, None]))
+        delta, personal, feedback, summary = trainer.train(stage_key(key, "local"), state, population, cohort, alignment, prior)
+        tokens = combine(feedback.tokens.astype(jnp.float32), alignment.held, jnp.ones(alignment.held.shape), experts)
+        weights, optimizer = _serve(server_optimizer, state, delta, tokens, feedback.examples.sum())
+        learnt = aligner.learn(aligned, cohort, alignment, feedback)
+        last = jnp.where(tokens > 0, state.round, state.last_trained)
+        new = State(state.key, state.round + 1, weights[0], weights[1], personal, optimizer, learnt, state.tokens + tokens, last)
+        return new, _info(new, cohort, alignment, population, cost, examples, admitted, tokens, summary)
+
+    return Algorithm(init, step)
+
+
+def rounds(step: Callable[[State, Population], tuple[State, Info]], most: int) -> Callable[..., tuple[State, Info]]:
+    """Many rounds without a host transfer: run(state, population, count) -> (state, Info of each round), jit-compiled.
+
+    `count`, 1 to `most`, is traced, so that a shorter last block does not compile again; rows of Info past it are
+    0. The state is donated.
+    """
+
+    def run(state, population, count):
+        _, shape = jax.eval_shape(step, state, population)
+        infos = jax.tree.map(lambda a: jnp.zeros((most, *a.shape), a.dtype), shape)
+
+        def body(index, carry):
+            state, infos = carry
+            state, info = step(state, population)
+            return state, jax.tree.map(lambda rows, row: rows.at[index].set(row), infos, info)
+
+        return jax.lax.fori_loop(0, count, body, (state, infos))
+
+    return jax.jit(run, donate_argnums=0)
+
+
+def _admit(population, sampled, cost: RoundCost, max_slots, deadline, trainer):
+    """The cohort with its slots, the examples that each client processes, and who fits into memory and deadline at all."""
+    profile = jax.tree.map(lambda row: row[sampled], population.profile)
+    owned = jax.vmap(population.num_examples)(sampled)
+    examples = trainer.examples(owned)
+    slots = capacity.slots(profile, cost, deadline=deadline, max_slots=max_slots, examples=examples)
+    admitted = cost.shared_memory <= profile.memory_bytes
+    if deadline is not None:
+        admitted &= capacity.seconds(profile, cost, jnp.zeros_like(slots), examples=examples) <= deadline
+    return Cohort(sampled, admitted & (owned > 0), jnp.where(admitted, slots, 0)), examples, admitted
+
+
+def _serve(server_optimizer, state, delta, tokens, examples):
+    """The server's step on minus the delta. What nobody trained keeps its value."""
+    old = (state.experts, state.shared)
+    updates, optimizer = server_optimizer.update(jax.tree.map(jnp.negative, delta), state.optimizer, old)
+    experts, shared = optax.apply_updates(old, updates)
+
+    def trained(new, value):
+        return jnp.where((tokens > 0).reshape(-1, *(1,) * (value.ndim - 1)), new, value)
+
+    experts = jax.tree.map(trained, experts, state.experts)
+    return (experts, jax.tree.map(lambda new, value: jnp.where(examples > 0, new, value), shared, state.shared)), optimizer
+
+
+def _info(state, cohort, alignment, population, cost, examples, admitted, tokens, summary) -> Info:
+    held, probed = alignment.held != NO_EXPERT, alignment.probed != NO_EXPERT
+    load = held_mask(alignment.held, tokens.shape[0]).sum(0)
+    present, slots, probes = cohort.present, held.sum(1), probed.sum(1)
+    profile = jax.tree.map(lambda row: row[cohort.client], population.profile)
+    seconds = capacity.seconds(profile, cost, slots, examples=examples) + probes * cost.expert_bytes / profile.downlink_bytes_per_second
+    train_loss, rejected = summary
+    clients = present.sum()
+    return Info(
+        train_loss=train_loss,
+        load=load,
+        tokens=tokens,
+        load_cv=_cv(load),
+        load_cv_total=_cv(state.tokens),
+        coverage=(tokens > 0).mean(),
+        staleness_max=(state.round - 1 - state.last_trained).max(),
+        fitness_mean=alignment.fitness.sum() / jnp.maximum(held.sum(), 1),
+        assignment_value=alignment.fitness.sum(),
+        bytes_down=clients * cost.shared_bytes + (slots + probes).sum() * cost.expert_bytes,
+        bytes_up=clients * cost.shared_bytes + slots.sum() * cost.expert_bytes,
+        simulated_seconds=jnp.where(present, seconds, 0).max(),
+        clients=clients,
+        dropped_clients=(~admitted).sum(),
+        rejected_updates=rejected,
+    )
+
+
+def _cv(values):
+    return values.std() / jnp.maximum(values.mean(), 1e-9)
+
+
+def _checked(model, aligner, cohort_size, local_epochs, local_steps, batch_size, prox, router, deadline, chunk_size) -> Any:
+    counts = {"cohort_size": cohort_size, "batch_size": batch_size, "chunk_size": chunk_size}
+    counts |= {"local_epochs": local_epochs, "local_steps": local_steps}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, it must be at least 1")
+    if (local_epochs is None) == (local_steps is None):
+        raise ValueError("local_epochs and local_steps: give exactly one of them")
+    if not prox >= 0:
+        raise ValueError(f"prox is {prox}, it must be at least 0")
+    if deadline is not None and not deadline > 0:
+        raise ValueError(f"deadline is {deadline}, it must be above 0 seconds")
+    if router not in ("shared", "personal"):
+        raise ValueError(f"router is {router!r}, it must be 'shared' or 'personal'")
+    parts = partition(model)
+    experts = num_experts(parts.experts)
+    if aligner.max_slots > experts:
+        raise ValueError(f"aligner gives up to {aligner.max_slots} experts, the model has {experts}")
+    return experts, parts

@@ -1,0 +1,53 @@
+"""Keyed permutations, evaluated only where they are asked: who is in the cohort, which examples are in a batch."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key
+
+_ROUNDS = 6
+_MIN_HALF_BITS = 3  # below this a Feistel network of six rounds reaches few permutations
+
+
+def permutation(key: Key[Array, ""], position: Int[Array, "*shape"], size: Int[Array, ""] | int) -> Int[Array, "*shape"]:
+    """Where a random permutation of 0..size-1 sends each position, without forming the permutation.
+
+    A balanced Feistel network over the next power of four, walked until it lands below `size` [1]. Costs nothing per
+    element of the permutation, so 20 clients of a million cost 20 evaluations.
+
+    Args:
+      key: names the permutation.
+      position: 0 to size - 1; larger ones wrap around.
+      size: at least 1 (0 is taken as 1) and below 2**30; may be traced.
+
+    References:
+      [1] Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002.
+    """
+    size = jnp.maximum(jnp.asarray(size, jnp.uint32), 1)
+    bits = 32 - jax.lax.clz(jnp.maximum(size - 1, 1))
+    half = jnp.maximum((bits + 1) // 2, _MIN_HALF_BITS).astype(jnp.uint32)
+    low = (jnp.uint32(1) << half) - 1
+    round_keys = jax.random.bits(key, (_ROUNDS,), jnp.uint32)
+
+    def cipher(value):
+        left, right = value >> half, value & low
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & low)
+        return (left << half) | right
+
+    def walk(value):
+        return jnp.where(value >= size, cipher(value), value)
+
+    start = cipher(position.astype(jnp.uint32) % size)
+    return jax.lax.while_loop(lambda value: (value >= size).any(), walk, start).astype(jnp.int32)
+
+
+def cohort(key: Key[Array, ""], population: int, size: int) -> Int[Array, " client"]:
+    """A uniform sample of `size` clients without replacement: a state-free function of the round's key."""
+    return permutation(key, jnp.arange(size), population)
+
+
+def _mix(value):
+    """A 32-bit finaliser: every input bit reaches every output bit (constants of Wellons' lowbias32 search)."""
+    value = (value ^ (value >> 16)) * jnp.uint32(0x7FEB352D)
+    value = (value ^ (value >> 15)) * jnp.uint32(0x846CA68B)
+    return value ^ (value >> 16)

@@ -1,0 +1,201 @@
+"""What a run is made of: the fields of `fedmoe train`, and what their values may be."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedmoe_jax.training import fields
+from fedmoe_jax.training.fields import Options, UsageError, to_toml
+
+__all__ = ["TrainConfig", "UsageError", "from_toml", "parse", "to_toml", "validate"]
+
+SPLITS = ("iid", "dirichlet", "classes", "natural")
+MODELS = ("mlp", "resnet", "transformer")
+ALIGNERS = ("random", "greedy", "load_only", "balanced", "full")
+FITNESSES = ("solo", "loss", "accuracy", "usage")
+ROUTERS = ("shared", "personal", "statistics")
+PROFILES = ("uniform", "tiers")
+ENGINES = ("auto", "primal")
+DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adam", "adamw", "lion", "rmsprop", "yogi")
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Trains one federated Mixture-of-Experts model. A CONFIG.toml sets fields, flags go over it."""
+
+    data: str = "digits"
+    """digits, an .npz file, a folder of IDX or CIFAR files, a Hugging Face name, or package.module:name."""
+    split: str = "dirichlet"
+    """How examples go to clients: iid, dirichlet, classes or natural."""
+    alpha: float = 0.3
+    """Concentration of the dirichlet split; small is uneven."""
+    classes_per_client: int = 2
+    """Classes that a client has with the classes split."""
+    population: int = 100
+    """Number of all clients."""
+    cohort: int = 20
+    """Clients sampled each round."""
+    model: str = "mlp"
+    """mlp, resnet, transformer, or package.module:name."""
+    model_options: Options = dataclasses.field(default_factory=dict)
+    """Further arguments of the model, such as hidden=128; in TOML the table [model_options]."""
+    experts: int = 8
+    """Experts of the global model."""
+    shared_experts: int = 0
+    """Further experts that every client holds, outside alignment."""
+    slots: int = 2
+    """Most experts that a client holds."""
+    top_k: int = 1
+    """Experts that a token is sent to."""
+    balance_weight: float = 0.01
+    """Weight of the router's balance loss."""
+    rounds: int = 300
+    """Rounds of training."""
+    local_epochs: int = 1
+    """Passes of a client over its data in a round."""
+    local_steps: int | None = None
+    """Local steps in a round, in place of local_epochs."""
+    batch_size: int = 16
+    """Examples in a client's batch."""
+    client_optimizer: str = "sgd"
+    """sgd, momentum, nesterov, adagrad, adam, adamw, lion, rmsprop or yogi."""
+    client_lr: float = 0.3
+    """Learning rate of the clients."""
+    client_schedule: str = "cosine"
+    """Client learning rate over the rounds: constant, cosine or linear."""
+    server_optimizer: str = "sgd"
+    """As client_optimizer, applied to the aggregate of a round."""
+    server_lr: float = 1.0
+    """Learning rate of the server."""
+    server_schedule: str = "constant"
+    """Server learning rate over the rounds: constant, cosine or linear."""
+    prox: float = 0.0
+    """Weight of the FedProx term, which pulls clients to the global model."""
+    aligner: str = "balanced"
+    """Who trains which expert: random, greedy, load_only, balanced, full, or package.module:name."""
+    fitness: str = "solo"
+    """Feedback that scores a client-expert pair: solo, loss, accuracy or usage."""
+    beta: float = 0.3
+    """Weight of the newest feedback in the fitness, above 0 and at most 1."""
+    probes: int = 1
+    """Experts that a client tries each round without training them."""
+    router: str = "shared"
+    """shared, personal (router rows stay on the client) or statistics (rows from class counts and means)."""
+    router_prior: float = 0.0
+    """Multiple of a client's centred fitness that its router logits get."""
+    tolerance: float = 0.1
+    """How far clients per expert may be from even, as a share."""
+    profile: str = "uniform"
+    """What clients can afford: uniform, tiers (small, medium and large), or package.module:name."""
+    deadline: float | None = None
+    """Seconds that a client has for a round; no limit if not given."""
+    engine: str = "auto"
+    """Local training: auto or primal."""
+    dtype: str = "float32"
+    """Type of the computation: float32 or bfloat16."""
+    chunk: int | None = None
+    """Clients trained at once; chosen from the memory if not given."""
+    seed: int = 0
+    """Of the split, the initial weights and the sampling."""
+    eval_every: int = 20
+    """Rounds between evaluations."""
+    checkpoint_every: int = 100
+    """Rounds between checkpoints."""
+    init_from: str | None = None
+    """Run folder or weights file to start from."""
+    target: float | None = None
+    """Global test accuracy for rounds and bytes to target, above 0 and at most 1."""
+
+
+_NAMES = {
+    "split": SPLITS,
+    "model": MODELS,
+    "aligner": ALIGNERS,
+    "fitness": FITNESSES,
+    "router": ROUTERS,
+    "profile": PROFILES,
+    "engine": ENGINES,
+    "dtype": DTYPES,
+    "client_optimizer": OPTIMIZERS,
+    "server_optimizer": OPTIMIZERS,
+    "client_schedule": SCHEDULES,
+    "server_schedule": SCHEDULES,
+}
+_CUSTOM = ("model", "aligner", "profile")
+_LEAST = {
+    **dict.fromkeys(("classes_per_client", "population", "cohort", "experts", "slots", "top_k", "rounds", "local_epochs"), 1),
+    **dict.fromkeys(("local_steps", "batch_size", "eval_every", "checkpoint_every", "chunk"), 1),
+    **dict.fromkeys(("shared_experts", "probes", "seed", "balance_weight", "prox", "router_prior", "tolerance"), 0),
+}
+_ABOVE_ZERO = ("alpha", "client_lr", "server_lr", "beta", "deadline", "target")
+_MOST = {"beta": 1, "target": 1, "seed": 2**32 - 1}
+_MOST_FIELD = {"cohort": "population", "slots": "experts", "top_k": "experts", "probes": "experts"}
+
+
+def validate(config: Any) -> None:
+    """Checks a TrainConfig, or another dataclass with fields of these names.
+
+    Raises:
+      ValueError: "field: what is wrong, what would be right", for the first field whose value cannot be.
+    """
+    for name, hint in fields.hints(type(config)).items():
+        value = getattr(config, name)
+        try:
+            fields.convert(value, hint)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        problem = None if value is None else _number(config, name, value) if isinstance(value, int | float) else _text(name, value)
+        if problem:
+            raise ValueError(f"{name}: {problem}")
+
+
+def _number(config, name, value):
+    """What is wrong with a number, or None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must be finite, got {value}"
+    if name in _ABOVE_ZERO and value <= 0:
+        return f"must be above 0, got {value}"
+    if name in _LEAST and value < _LEAST[name]:
+        return f"must be at least {_LEAST[name]}, got {value}"
+    if name in _MOST and value > _MOST[name]:
+        return f"must be at most {_MOST[name]}, got {value}"
+    other = _MOST_FIELD.get(name)
+    if other is not None and value > getattr(config, other, math.inf):
+        return f"must be at most {other} ({getattr(config, other)}), got {value}"
+    return None
+
+
+def _text(name, value):
+    """What is wrong with a text, or None. Names of functions are only looked at, not imported."""
+    if isinstance(value, str) and not value.strip():
+        return "must not be empty"
+    known = _NAMES.get(name)
+    if known is None or value in known or (name in _CUSTOM and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value)):
+        return None
+    custom = " or package.module:name" if name in _CUSTOM else ""
+    return f"{value!r} is unknown{fields.nearest(value, known).removesuffix('?')}; expected {', '.join(known)}{custom}"
+
+
+def from_toml(path: str | Path, cls: type = TrainConfig) -> dict[str, Any]:
+    """The fields that a TOML file sets; their values are not validated yet.
+
+    Raises:
+      ValueError: in one line with the file, and the field where there is one: not readable, not TOML, an unknown field, a wrong type.
+    """
+    return fields.from_toml(path, cls)
+
+
+def parse(
+    cls: type, argv: Sequence[str], prog: str, *, default: Any = None, options: type | None = None, description: str | None = None
+) -> tuple[Any, Any]:
+    """Reads `[CONFIG.toml] [--field value ...]` into a valid `cls` and the flags of `options`; see `fields.parse`.
+
+    Raises:
+      UsageError: for any mistake, in one line that names the field.
+    """
+    return fields.parse(cls, argv, prog, default=default, options=options, check=validate, description=description)

@@ -1,0 +1,119 @@
+"""Evaluation: the global model on the global test set, and each client with the experts that it would be assigned."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fedmoe_jax.alignment import capacity
+from fedmoe_jax.base import NO_EXPERT, Batch, Cohort, stage_key
+from fedmoe_jax.experts import RouterParam, Slots, bind, gather, num_experts
+from fedmoe_jax.round import State
+from fedmoe_jax.sampling import cohort as sample
+from fedmoe_jax.training.checkpoint import Checkpoints
+from fedmoe_jax.training.config import TrainConfig
+from fedmoe_jax.training.setup import Setup, build
+
+MAX_CLIENTS = 1000
+"""Clients whose own accuracy is measured; of a larger population a fixed random sample."""
+_BATCH = 256
+_CLIENT_BATCH = 32
+_CHUNK = 50
+
+
+def global_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
+    """evaluate(state) -> eval_loss and eval_accuracy: all experts, shared router, no prior, the global test set."""
+    parts, experts = setup.parts, num_experts(setup.parts.experts)
+    x, y = setup.test
+    size = min(_BATCH, x.shape[0])
+    index = jnp.arange(-(-x.shape[0] // size) * size).reshape(-1, size)
+
+    def one(weights, rows, key):
+        mask = rows < x.shape[0]
+        rows = jnp.minimum(rows, x.shape[0] - 1)
+        model = bind(parts, *weights, Slots(jnp.ones(experts, bool), jnp.zeros(experts), mask))
+        loss, aux = setup.loss_fn(model, Batch(x[rows], y[rows], mask), key)
+        correct = aux.get("correct", jnp.full_like(loss, jnp.nan))
+        return jnp.where(mask, loss, 0).sum(), jnp.where(mask, correct, 0).sum()
+
+    @jax.jit
+    def evaluate(weights, key):
+        return jax.tree.map(lambda sums: sums.sum() / x.shape[0], jax.lax.map(lambda rows: one(weights, rows, key), index))
+
+    def run(state: State) -> dict[str, Any]:
+        loss, correct = evaluate((state.experts, state.shared), state.key)
+        return {"eval_loss": float(loss), "eval_accuracy": float(correct)}
+
+    return run
+
+
+def client_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
+    """evaluate(state) -> client_accuracy_mean and client_accuracy_p10 over clients that have test examples."""
+    population, holdout = setup.population, setup.holdout
+    everyone = jnp.arange(population.num_clients)
+    if population.num_clients > MAX_CLIENTS:
+        everyone = sample(jax.random.key(setup.config.seed), population.num_clients, MAX_CLIENTS)
+    profile = jax.tree.map(lambda row: row[everyone], population.profile)
+    slots = capacity.slots(profile, setup.cost(), deadline=setup.config.deadline, max_slots=setup.aligner.max_slots)
+
+    def accuracy(state, client, held, prior):
+        experts = gather(state.experts, held)
+        if state.personal is not None:
+            own = jax.tree.map(lambda rows: rows[client, jnp.maximum(held, 0)], state.personal)
+            experts = nnx.merge_state(own, nnx.split_state(experts, RouterParam, ...)[1])
+
+        def add(index, right):
+            batch = holdout.batch(client, index * _CLIENT_BATCH + jnp.arange(_CLIENT_BATCH))
+            model = bind(setup.parts, experts, state.shared, Slots(held != NO_EXPERT, prior, batch.mask))
+            loss, aux = setup.loss_fn(model, batch, state.key)
+            return right + jnp.where(batch.mask, aux.get("correct", jnp.zeros_like(loss)), 0).sum()
+
+        count = holdout.num_examples(client)
+        right = jax.lax.fori_loop(0, -(-count // _CLIENT_BATCH), add, jnp.zeros(()))
+        return jnp.where(count > 0, right / jnp.maximum(count, 1), jnp.nan)
+
+    @jax.jit
+    def evaluate(state):
+        key = stage_key(jax.random.fold_in(state.key, state.round), "evaluate")
+        alignment, _ = setup.aligner.align(key, state.aligner, Cohort(everyone, jnp.ones(everyone.shape, bool), slots))
+        centred = alignment.fitness - alignment.fitness_mean[:, None]
+        prior = jnp.where(alignment.held == NO_EXPERT, 0, setup.config.router_prior * centred)
+        return jax.lax.map(lambda row: accuracy(state, *row), (everyone, alignment.held, prior), batch_size=min(_CHUNK, everyone.shape[0]))
+
+    def run(state: State) -> dict[str, Any]:
+        each = np.asarray(evaluate(state))
+        each = each[np.isfinite(each)]
+        if not each.size:
+            return {}
+        return {"client_accuracy_mean": float(each.mean()), "client_accuracy_p10": float(np.quantile(each, 0.1))}
+
+    return run
+
+
+def evaluate_run(folder: Path, before: TrainConfig, config: TrainConfig) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of a run; on its own data also with its clients and aligner.
+
+    Args:
+      folder: the run.
+      before: its configuration.
+      config: the same, possibly with other data.
+
+    Raises:
+      ValueError: if there is no checkpoint, or the model does not fit the data.
+    """
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        setup = build(before)
+        template = setup.algorithm(1).init(jax.random.key(before.seed), setup.population)
+        done, state, _ = checkpoints.restore(template)
+    results = {"round": done, "data": config.data}
+    if config != before:
+        other = build(config)
+        if other.test[0].shape[1:] != setup.test[0].shape[1:]:
+            raise ValueError(f"data: examples of {config.data} have another shape than those of the run")
+        return results | global_evaluation(dataclasses.replace(setup, test=other.test))(state)
+    return results | global_evaluation(setup)(state) | client_evaluation(setup)(state)

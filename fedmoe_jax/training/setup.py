@@ -1,0 +1,204 @@
+"""From a configuration to what a run needs: data on the device, model, aligner, algorithm."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from fedmoe_jax import alignment, models
+from fedmoe_jax.alignment import capacity, fitness, load
+from fedmoe_jax.base import Aligner, Fitness
+from fedmoe_jax.data import partition as splits
+from fedmoe_jax.data import sources
+from fedmoe_jax.data.population import Population
+from fedmoe_jax.experts import Partition, partition
+from fedmoe_jax.local.cost import round_cost
+from fedmoe_jax.local.plan import chunk_size
+from fedmoe_jax.round import Algorithm, State, federated_moe
+from fedmoe_jax.training.config import TrainConfig
+from fedmoe_jax.training.metrics import write_bytes
+
+LOCAL_TEST_FRACTION = 0.2
+"""Share of each client's examples that is its own test split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run is made of. `population` holds the clients' training examples, `holdout` their own test splits."""
+
+    config: TrainConfig
+    population: Population
+    holdout: Population
+    test: tuple[jax.Array, jax.Array]
+    model: nnx.Module
+    parts: Partition
+    aligner: Aligner
+    loss_fn: Any
+    fitness: Fitness
+
+    def algorithm(self, chunk: int) -> Algorithm:
+        """The round, with `chunk` clients trained side by side."""
+        config = self.config
+        server = optimizer(config.server_optimizer, schedule(config.server_schedule, config.server_lr, config.rounds))
+        return federated_moe(
+            self.model, self.loss_fn, client_optimizer=client_optimizer(config), server_optimizer=server, aligner=self.aligner,
+            cohort_size=config.cohort, batch_size=config.batch_size, local_steps=config.local_steps,
+            local_epochs=None if config.local_steps is not None else config.local_epochs, prox=config.prox, router=config.router,
+            router_prior=config.router_prior, deadline=config.deadline, chunk_size=chunk,
+            solo_examples=None if config.fitness == "solo" else 0,
+        )  # fmt: skip
+
+    def aligner_scores(self, state: State) -> Any:
+        """Fitness [client, expert] of the first 1,000 clients of the population, for a picture."""
+        clients = jnp.arange(min(self.population.num_clients, 1000))
+        return self.fitness.score(state.aligner.fitness, clients)
+
+    def cost(self) -> Any:
+        """What one round costs one client."""
+        batch = jax.eval_shape(lambda: self.population.batch(jnp.int32(0), jnp.arange(self.config.batch_size)))
+        return round_cost(self.parts, self.loss_fn, client_optimizer(self.config)(jnp.int32(0)), batch)
+
+    def chunk(self, memory_bytes: float) -> int:
+        """The configured chunk, or the one that fits into `memory_bytes`."""
+        if self.config.chunk is not None:
+            return min(self.config.chunk, self.config.cohort)
+        probes = self.config.probes if self.config.fitness == "solo" else 0
+        return chunk_size(
+            self.cost(), cohort_size=self.config.cohort, max_slots=self.aligner.max_slots, probes=probes, memory_bytes=memory_bytes
+        )
+
+
+def build(config: TrainConfig, *, split_seed: int | None = None) -> Setup:
+    """Loads the data, splits it, and makes model and aligner.
+
+    Args:
+      config: a valid configuration.
+      split_seed: seed of data and split when it is not that of the run.
+
+    Raises:
+      ValueError: naming the field that cannot be.
+    """
+    if config.router == "statistics":
+        raise ValueError("router: 'statistics' is not available yet, use shared or personal")
+    seed = config.seed if split_seed is None else split_seed
+    dataset = sources.load(config.data, seed=seed)
+    clients = sources.split(
+        dataset, kind=config.split, num_clients=config.population, alpha=config.alpha,
+        classes_per_client=config.classes_per_client, seed=seed,
+    )  # fmt: skip
+    train, held_out = splits.holdout(clients, LOCAL_TEST_FRACTION, seed)
+    x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
+    profile = _profile(config, seed)
+    population = Population.from_arrays(x, y, train, profile)
+    holdout = Population.from_arrays(x, y, held_out, profile)
+    options: dict[str, Any] = dict(config.model_options)
+    if config.model in ("mlp", "resnet", "transformer"):
+        options = {"balance_weight": config.balance_weight, "shared_experts": config.shared_experts, **options}
+    model = models.create(
+        config.model, input_shape=dataset.x.shape[1:], num_classes=dataset.num_classes, num_experts=config.experts,
+        top_k=config.top_k, seed=config.seed, dtype=None if config.dtype == "float32" else jnp.bfloat16, **options,
+    )  # fmt: skip
+    if config.init_from is not None:
+        load_weights(model, config.init_from)
+    test = (jnp.asarray(dataset.test_x), jnp.asarray(dataset.test_y))
+    loss_fn = models.losses.cross_entropy
+    return Setup(config, population, holdout, test, model, partition(model), make_aligner(config), loss_fn, make_fitness(config))
+
+
+def make_fitness(config: TrainConfig) -> Fitness:
+    """The fitness that a configuration names."""
+    scores = {
+        "solo": lambda: fitness.solo(beta=config.beta, probes=config.probes),
+        "loss": lambda: fitness.loss_driven(beta=config.beta),
+        "accuracy": lambda: fitness.accuracy_driven(beta=config.beta),
+        "usage": lambda: fitness.usage_driven(beta=config.beta),
+    }
+    return scores[config.fitness]()
+
+
+def make_aligner(config: TrainConfig) -> Aligner:
+    """The aligner that a configuration names."""
+    common: dict[str, Any] = dict(fitness=make_fitness(config), load=load.monitor(tolerance=config.tolerance))
+    if config.aligner == "full":
+        return alignment.full(num_experts=config.experts, **common)
+    make = foreign(config.aligner, "aligner") if ":" in config.aligner else getattr(alignment, config.aligner)
+    return make(num_experts=config.experts, max_slots=config.slots, **common)
+
+
+def foreign(name: str, field: str) -> Any:
+    """The object that package.module:name names.
+
+    Raises:
+      ValueError: naming `field`, if there is no such module or object.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{field}: {name!r} cannot be imported ({error})") from None
+
+
+def optimizer(name: str, learning_rate: Any) -> optax.GradientTransformation:
+    """An optax optimizer by name; "momentum" and "nesterov" are SGD with momentum 0.9."""
+    if name in ("momentum", "nesterov"):
+        return optax.sgd(learning_rate, momentum=0.9, nesterov=name == "nesterov")
+    return getattr(optax, name)(learning_rate)
+
+
+def schedule(name: str, learning_rate: float, rounds: int) -> Any:
+    """A learning rate over rounds: constant, or down to 0 by cosine or linearly."""
+    if name == "cosine":
+        return optax.cosine_decay_schedule(learning_rate, rounds)
+    return learning_rate if name == "constant" else optax.linear_schedule(learning_rate, 0.0, rounds)
+
+
+def client_optimizer(config: TrainConfig) -> Callable[[Any], optax.GradientTransformation]:
+    """The client optimizer of a round, as a function of the round."""
+    rate = schedule(config.client_schedule, config.client_lr, config.rounds)
+    return lambda round: optimizer(config.client_optimizer, rate(round) if callable(rate) else rate)
+
+
+def _profile(config: TrainConfig, seed: int) -> Any:
+    if ":" in config.profile:
+        return foreign(config.profile, "profile")(config.population)
+    if config.profile == "tiers":
+        return capacity.tiers(jax.random.key(seed), config.population)
+    return capacity.uniform(config.population)
+
+
+def save_weights(path: Path, state: State) -> None:
+    """Writes the global model's weights as an .npz of named arrays, atomically."""
+    named = {"/".join(map(str, key)): np.asarray(value) for key, value in _named(state.experts, state.shared).items()}
+    write_bytes(path, lambda file: np.savez(file, allow_pickle=False, **named))
+
+
+def load_weights(model: nnx.Module, source: str) -> None:
+    """Puts the weights of a run folder or .npz file into `model`.
+
+    Raises:
+      ValueError: naming init_from, if they cannot be read or do not fit the model.
+    """
+    path = Path(source) / "weights.npz" if Path(source).is_dir() else Path(source)
+    try:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except Exception as error:  # a damaged archive can raise almost anything
+        raise ValueError(f"init_from: {source} holds no readable weights ({error})") from None
+    parts = partition(model)
+    for key, variable in (*nnx.to_flat_state(parts.experts), *nnx.to_flat_state(parts.shared)):
+        name = "/".join(map(str, key))
+        if name not in found or found[name].shape != variable.shape:
+            raise ValueError(f"init_from: {source} does not fit the model: {name} is missing or not of shape {variable.shape}")
+        variable.set_value(jnp.asarray(found[name], variable.dtype))
+    nnx.update(model, parts.experts, parts.shared)
+
+
+def _named(*states: Any) -> dict[Any, Any]:
+    return {key: variable.get_value() for state in states for key, variable in nnx.to_flat_state(state)}

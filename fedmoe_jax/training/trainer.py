@@ -1,0 +1,174 @@
+"""A run: rounds in blocks between evaluations, and everything that it leaves in its folder."""
+
+import contextlib
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedmoe_jax.round import Info, State, rounds
+from fedmoe_jax.training import metrics
+from fedmoe_jax.training.checkpoint import Checkpoints
+from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, to_toml
+from fedmoe_jax.training.evaluate import client_evaluation, global_evaluation
+from fedmoe_jax.training.metrics import MetricsLog, Record
+from fedmoe_jax.training.plots import draw_run
+from fedmoe_jax.training.progress import Progress
+from fedmoe_jax.training.report import write_report
+from fedmoe_jax.training.setup import Setup, build, save_weights
+
+Callback = Callable[[State, Record], Any]
+"""callback(state, record), called after each round's record is written; `state` is that at the end of its block."""
+
+
+def train(
+    config: TrainConfig, out: str | Path, *, resume: bool = False, trace: str | None = None, callback: Callback | None = None
+) -> dict[str, Any]:
+    """Trains as `config` says and leaves config, metrics, checkpoints, plots and report in `out`.
+
+    Args:
+      config: a valid configuration.
+      out: folder that is absent, empty, or with `resume` the run to continue.
+      resume: continue the run in `out`; a finished one is left alone.
+      trace: folder for a JAX profile of the second block.
+      callback: see `Callback`.
+
+    Returns:
+      The content of summary.json.
+
+    Raises:
+      UsageError: if `out` cannot be used.
+      ValueError: naming the field that cannot be.
+    """
+    out = Path(out)
+    claim(out, config, resume)
+    if resume and (out / "summary.json").exists():
+        return metrics.read_json(out / "summary.json")
+    setup = build(config)
+    metrics.write_text(out / "config.toml", to_toml(config))
+    log = MetricsLog(out / "metrics.jsonl")
+    with Checkpoints(out / "checkpoints") as checkpoints, Progress(config.rounds) as progress:
+        run = Run(setup, progress.note)
+        if resume:
+            run.restore(checkpoints)
+            log.truncate(run.done)
+        for record in run.blocks(checkpoints, trace):
+            log.append(record)
+            progress.update(record)
+            if callback is not None:
+                callback(run.state, record)
+        save_weights(out / "weights.npz", run.state)
+    records = metrics.read(log.path)
+    summary = metrics.summarise(records, config.target, seed=config.seed)
+    draw_run(records, out / "plots", np.asarray(setup.aligner_scores(run.state)))
+    metrics.write_json(out / "summary.json", summary)
+    write_report(out)
+    return summary
+
+
+def claim(out: Path, config: Any, resume: bool) -> None:
+    """Checks that a run may use the folder `out`; writes nothing.
+
+    Raises:
+      UsageError: naming --out or --resume.
+    """
+    if not resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UsageError(f"--out {out} is not empty: choose a new folder, or continue its run with --resume")
+        return
+    if not (out / "config.toml").exists():
+        raise UsageError(f"--resume: {out} holds no run to continue")
+    before = type(config)(**from_toml(out / "config.toml", type(config)))
+    if before != config:
+        names = [name for name in config.__dataclass_fields__ if getattr(before, name) != getattr(config, name)]
+        raise UsageError(f"--resume: {', '.join(names)} differ from the run in {out}; leave them as they were")
+
+
+class Run:
+    """The state of a run and the compiled programs that advance and evaluate it."""
+
+    def __init__(self, setup: Setup, note: Callable[[str], Any] = print):
+        self.setup, self.note = setup, note
+        self.chunk = setup.chunk(memory_bytes())
+        self.evaluations = (global_evaluation(setup), client_evaluation(setup))
+        self._compile()
+        self.state = self.algorithm.init(jax.random.key(setup.config.seed), setup.population)
+        self.done = 0
+
+    def _compile(self) -> None:
+        self.algorithm = self.setup.algorithm(self.chunk)
+        self.program = rounds(self.algorithm.step, min(self.setup.config.eval_every, self.setup.config.rounds))
+
+    def restore(self, checkpoints: Checkpoints) -> None:
+        """Continues from the newest checkpoint, if there is one."""
+        if checkpoints.latest() is not None:
+            self.done, self.state, extra = checkpoints.restore(self.state)
+            self.chunk = extra["chunk"]
+            self._compile()
+
+    def blocks(self, checkpoints: Checkpoints | None = None, trace: str | None = None) -> Iterator[Record]:
+        """Runs to the end, yielding each round's record; evaluates and saves at the blocks' ends."""
+        config, number = self.setup.config, 0
+        while self.done < config.rounds:
+            stops = [self.done + every - self.done % every for every in (config.eval_every, config.checkpoint_every)]
+            count = min(*stops, config.rounds) - self.done
+            traced = jax.profiler.trace(trace) if trace is not None and number == 1 else contextlib.nullcontext()
+            with traced:
+                start = time.perf_counter()
+                infos = self._advance(count, first=number == 0)
+                seconds = time.perf_counter() - start
+            last = self.done + count
+            results: dict[str, Any] = {}
+            if last % config.eval_every == 0 or last == config.rounds:
+                for evaluate in self.evaluations:
+                    results |= evaluate(self.state)
+            for row in range(count):
+                yield _record(self.done + row, infos, row, seconds / count, results if row == count - 1 else {})
+            self.done, number = last, number + 1
+            if checkpoints is not None and (last % config.checkpoint_every == 0 or last == config.rounds):
+                checkpoints.save(last, self.state, {"chunk": self.chunk})
+
+    def _advance(self, count: int, *, first: bool) -> Info:
+        """One block. If the first does not fit into the device's memory it is tried again with half the chunk."""
+        while True:
+            state = jax.tree.map(jnp.copy, self.state) if first else self.state
+            try:
+                self.state, infos = jax.block_until_ready(self.program(state, self.setup.population, count))
+                return jax.device_get(infos)
+            except jax.errors.JaxRuntimeError as error:
+                if not first or self.chunk == 1 or not is_out_of_memory(error):
+                    raise
+                self.chunk = -(-self.chunk // 2)
+                self.note(f"out of device memory: training {self.chunk} clients at once from here on")
+                self._compile()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a JAX error says that the device's memory did not suffice."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
+
+
+def memory_bytes() -> float:
+    """Total memory of the first device; for a CPU that of the machine."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return float(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def peak_memory_bytes() -> int:
+    """The most memory taken so far: of the first device, or of this process where the device is the CPU."""
+    used = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(used or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _record(round: int, infos: Info, row: int, seconds: float, results: dict[str, Any]) -> Record:
+    values = {name: getattr(infos, name)[row] for name in metrics.METRIC_FIELDS if hasattr(infos, name) and name != "round"}
+    rate = float(infos.clients[row]) / seconds
+    return metrics.record(round, **values, **results, wall_seconds=seconds, clients_per_second=rate, peak_memory_bytes=peak_memory_bytes())

@@ -1,0 +1,91 @@
+"""Capacity: memory and deadline limit the slots, as a slow count of experts does."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmoe_jax.alignment import capacity
+from fedmoe_jax.base import ClientProfile, RoundCost
+
+CLIENTS, MAX_SLOTS = 5, 4
+amounts = st.lists(st.floats(1.0, 1e3, width=32), min_size=CLIENTS, max_size=CLIENTS)
+profiles = st.builds(lambda *columns: ClientProfile(*(jnp.array(c, jnp.float32) for c in columns)), *[amounts] * 4)
+costs = st.builds(lambda *numbers: RoundCost(*(jnp.float32(n) for n in numbers)), *[st.floats(0.0, 500.0, width=32) for _ in range(6)])
+
+
+def oracle_seconds(profile, cost, client, slots, examples, probes):
+    p, c = jax.tree.map(np.float64, (profile, cost))
+    down = c.shared_bytes + (slots + (probes if slots else 0)) * c.expert_bytes
+    up = c.shared_bytes + slots * c.expert_bytes
+    flops = examples * (c.shared_flops + slots * c.expert_flops)
+    return down / p.downlink_bytes_per_second[client] + flops / p.flops_per_second[client] + up / p.uplink_bytes_per_second[client]
+
+
+@settings(deadline=None)
+@given(profile=profiles, cost=costs, deadline=st.floats(0.1, 1e4), examples=st.integers(0, 30))
+def test_slots_are_the_most_that_fit(profile, cost, deadline, examples):
+    counts = jnp.full(CLIENTS, examples)
+    slots = capacity.slots(profile, cost, deadline=deadline, max_slots=MAX_SLOTS, examples=counts, probes=2)
+    assert ((slots >= 0) & (slots <= MAX_SLOTS)).all()
+    for client, count in enumerate(slots.tolist()):
+        for k in range(1, MAX_SLOTS + 1):
+            memory = float(cost.shared_memory) + k * float(cost.expert_memory)
+            seconds = oracle_seconds(profile, cost, client, k, examples, 2)
+            closest = min(abs(memory / float(profile.memory_bytes[client]) - 1), abs(seconds / deadline - 1))
+            if closest > 1e-5:
+                assert (k <= count) == (memory <= float(profile.memory_bytes[client]) and seconds <= deadline)
+
+
+@settings(deadline=None)
+@given(profile=profiles, cost=costs, count=st.integers(0, MAX_SLOTS))
+def test_seconds_match_the_oracle(profile, cost, count):
+    found = capacity.seconds(profile, cost, jnp.full(CLIENTS, count), examples=jnp.full(CLIENTS, 7), probes=1)
+    wanted = [oracle_seconds(profile, cost, client, count, 7, 1) for client in range(CLIENTS)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_no_limit_gives_all_slots_and_no_memory_none():
+    cost = RoundCost(*(jnp.float32(1e6) for _ in range(6)))
+    profile = capacity.uniform(3)
+    for deadline in (None, float("inf"), jnp.float32(jnp.inf)):
+        assert (capacity.slots(profile, cost, deadline=deadline, max_slots=4) == 4).all()
+    assert (capacity.slots(profile, cost, deadline=1e-3, max_slots=4) == 0).all()
+    unlimited = ClientProfile(*[jnp.full(3, jnp.inf)] * 4)
+    assert (capacity.slots(unlimited, cost, deadline=1.0, max_slots=4) == 4).all()
+    poor = dataclasses.replace(unlimited, memory_bytes=jnp.array([1.9e6, 2e6, 3.5e6]))
+    np.testing.assert_array_equal(capacity.slots(poor, cost, deadline=None, max_slots=4), [0, 1, 2])
+
+
+def test_slots_work_under_jit_with_a_traced_deadline():
+    cost = RoundCost(*(jnp.float32(1e6) for _ in range(6)))
+    profile = capacity.tiers(jax.random.key(0), 50)
+    solve = jax.jit(lambda deadline: capacity.slots(profile, cost, deadline=deadline, max_slots=8))
+    few, many = solve(5.0), solve(20.0)
+    assert (few <= many).all() and few.sum() < many.sum()
+
+
+def test_tiers_have_all_three_kinds_in_equal_shares():
+    profile = capacity.tiers(jax.random.key(1), 3000)
+    for column, numbers in zip(jax.tree.leaves(profile), zip(*capacity.TIERS.values(), strict=True), strict=True):
+        for number in numbers:
+            assert 900 < (column == jnp.float32(number)).sum() < 1100
+
+
+def test_bad_arguments_are_refused():
+    cost = RoundCost(*(jnp.float32(1.0) for _ in range(6)))
+    profile = capacity.uniform(2)
+    with pytest.raises(ValueError, match="max_slots is 0"):
+        capacity.slots(profile, cost, deadline=None, max_slots=0)
+    with pytest.raises(ValueError, match="deadline is -1"):
+        capacity.slots(profile, cost, deadline=-1.0, max_slots=1)
+    with pytest.raises(ValueError, match="probes is -1"):
+        capacity.slots(profile, cost, deadline=None, max_slots=1, probes=-1)
+    with pytest.raises(ValueError, match="num_clients is 0"):
+        capacity.uniform(0)
+    with pytest.raises(ValueError, match="memory_bytes is 0"):
+        capacity.uniform(1, memory_bytes=0.0)

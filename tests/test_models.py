@@ -1,0 +1,345 @@
+"""Models and their layers: against NumPy, through partition and bind, and trained as clients train them."""
+
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fedmoe_jax import experts, models
+from fedmoe_jax.base import Batch
+from fedmoe_jax.experts import Slots
+from fedmoe_jax.models.losses import cross_entropy
+from fedmoe_jax.nn.attention import Attention, rotate
+from fedmoe_jax.nn.linear import Conv, GroupNorm, RMSNorm, as_float
+
+E, CLASSES, EXAMPLES, LENGTH = 6, 5, 4, 7
+SHAPES = {"mlp": (3, 4), "resnet": (8, 8, 2), "transformer": (LENGTH,)}
+OPTIONS = {
+    "mlp": {"hidden": 8, "expert_hidden": 8},
+    "resnet": {"widths": (4, 8), "expert_hidden": 8},
+    "transformer": {"features": 8, "heads": 4, "kv_heads": 2, "expert_hidden": 8},
+}
+NAMES = tuple(SHAPES)
+
+
+def create(name, **options):
+    common = {"input_shape": SHAPES[name], "num_classes": CLASSES, "num_experts": E, "top_k": 2, "seed": 0}
+    return models.create(name, **common | OPTIONS[name] | options)
+
+
+def batch(name, seed=0, examples=EXAMPLES):
+    random = np.random.default_rng(seed)
+    if name == "transformer":
+        text = random.integers(0, CLASSES, (examples, LENGTH + 1))
+        x, y = text[:, :-1], text[:, 1:]
+    else:
+        x, y = random.integers(0, 256, (examples, *SHAPES[name])).astype(np.uint8), random.integers(0, CLASSES, examples)
+    return Batch(jnp.asarray(x), jnp.asarray(y), jnp.arange(examples) != 1)
+
+
+def loss_of(parts):
+    """(weights, held, prior, batch) -> mean loss with penalty, (logits, tokens): what a client minimises."""
+
+    def loss(weights, held, prior, data):
+        model = experts.bind(parts, *weights, Slots(held=held, prior=prior, mask=data.mask))
+        logits = []
+        values, aux = cross_entropy(lambda x: logits.append(model(x)) or logits[0], data, jax.random.key(0))
+        tokens, penalty = experts.report(model)
+        mean = jnp.where(data.mask, values, 0).sum() / data.mask.sum()
+        return mean + penalty, (logits[0], tokens, aux["correct"])
+
+    return loss
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def case(request):
+    parts = experts.partition(create(request.param))
+    return request.param, parts, jax.jit(jax.value_and_grad(loss_of(parts), has_aux=True))
+
+
+def test_partition_and_shapes(case):
+    name, parts, run = case
+    assert experts.num_experts(parts.experts) == E
+    assert jax.tree.leaves(parts.shared)
+    weights = (parts.experts, parts.shared)
+    assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {jnp.dtype("float32")}
+    (loss, (logits, tokens, correct)), _ = run(weights, jnp.ones(E, bool), jnp.zeros(E), batch(name))
+    inner = (LENGTH,) if name == "transformer" else ()
+    assert logits.shape == (EXAMPLES, *inner, CLASSES)
+    assert 0.5 < float(loss) < 5
+    layers, choices = (2, 2 * LENGTH) if name == "transformer" else (1, 2)
+    np.testing.assert_array_equal(tokens.sum(1), layers * choices * (np.arange(EXAMPLES) != 1))
+    assert correct.shape == (EXAMPLES,)
+
+
+def test_gathered_slots_equal_the_full_model_restricted_to_them(case):
+    name, parts, run = case
+    held = jnp.array([4, -1, 1])
+    prior = jnp.linspace(-1, 1, E)
+    data = batch(name)
+    slots = (experts.gather(parts.experts, held), parts.shared)
+    (loss, (logits, tokens, _)), gradient = run(slots, held >= 0, prior[held], data)
+    restricted = jnp.zeros(E, bool).at[jnp.array([4, 1])].set(True)
+    (full_loss, (full_logits, full_tokens, _)), full = run((parts.experts, parts.shared), restricted, prior, data)
+    np.testing.assert_allclose(loss, full_loss, rtol=1e-5)
+    np.testing.assert_allclose(logits, full_logits, atol=1e-5)
+    np.testing.assert_array_equal(tokens[:, jnp.array([0, 2])], full_tokens[:, jnp.array([4, 1])])
+    np.testing.assert_array_equal(tokens[:, 1], 0)
+    combined = experts.combine(jax.tree.map(lambda g: g[None], gradient[0]), held[None], jnp.ones((1, 3)), E)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), (combined, gradient[1]), full)
+
+
+def test_clients_without_experts_train_the_shared_part_only(case):
+    name, parts, run = case
+    held = jnp.full(3, -1)
+    (loss, (_, tokens, _)), gradient = run((experts.gather(parts.experts, held), parts.shared), held >= 0, jnp.zeros(3), batch(name))
+    assert np.isfinite(loss)
+    assert not np.any(tokens)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient[0]))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient[1]))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(gradient[1]))
+
+
+def test_gradients_of_a_cohort_equal_those_of_each_client(case):
+    name, parts, run = case
+    held = jnp.array([[0, 3, 5], [2, -1, -1]])
+    data = jax.tree.map(lambda *leaves: jnp.stack(leaves), batch(name, 1), batch(name, 2))
+    gathered = experts.gather(parts.experts, held)
+    shared = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.9 * leaf]), parts.shared)  # clients have weights of their own
+    arguments = ((gathered, shared), held >= 0, jnp.zeros((2, 3)), data)
+    together = jax.jit(jax.vmap(run))(*arguments)
+    for client in range(2):
+        alone = run(*jax.tree.map(lambda leaf, client=client: leaf[client], arguments))
+        of_client = jax.tree.map(lambda leaf, client=client: leaf[client], together)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), alone, of_client)
+
+
+def test_sgd_lowers_the_loss(case):
+    name, parts, run = case
+    weights, data = (parts.experts, parts.shared), batch(name)
+    losses = []
+    for _ in range(11):
+        (loss, _), gradient = run(weights, jnp.ones(E, bool), jnp.zeros(E), data)
+        weights = jax.tree.map(lambda w, g: w - 0.1 * g, weights, gradient)
+        losses.append(float(loss))
+    assert losses[1] < losses[0]
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet"])
+def test_experts_are_the_only_way_through(name):
+    model = create(name)
+    for state in (model.moe.w_out, model.moe.b_out):
+        state.set_value(jnp.zeros_like(state.get_value()))
+    logits = nnx.jit(lambda model, x: model(x))(model, batch(name).x)
+    np.testing.assert_array_equal(logits, np.broadcast_to(logits[:1], logits.shape))
+
+
+def test_uint8_is_scaled():
+    model, x = create("mlp"), batch("mlp").x
+    run = nnx.jit(lambda model, x: model(x))
+    np.testing.assert_allclose(run(model, x), run(model, x.astype(jnp.float32) / 255), atol=1e-6)
+    assert as_float(jnp.array([0, 255], jnp.uint8)).tolist() == [0, 1]
+    assert as_float(jnp.array([0, 255], jnp.int32)).tolist() == [0, 255]
+
+
+def test_every_model_computes_in_dtype():
+    for name in NAMES:
+        logits = jax.eval_shape(lambda x, name=name: create(name, dtype="bfloat16")(x), batch(name).x)
+        assert logits.dtype == jnp.bfloat16, name
+
+
+def test_images_without_channel_axis():
+    logits = jax.eval_shape(lambda x: create("resnet", input_shape=(6, 5), widths=(4,))(x), jnp.ones((2, 6, 5)))
+    assert logits.shape == (2, CLASSES)
+
+
+def test_seed_decides_the_weights():
+    leaves = [jax.tree.leaves(nnx.state(create("mlp", seed=seed), nnx.Param)) for seed in (0, 0, 1)]
+    assert all(np.array_equal(a, b) for a, b in zip(leaves[0], leaves[1], strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(leaves[0], leaves[2], strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_embeddings": True, "qk_norm": "head", "head_dim": 6}])
+def test_transformer_is_causal(options):
+    model = create("transformer", top_k=1, layers=1, **options)
+    run = nnx.jit(lambda model, x: model(x))
+    x = batch("transformer").x
+    for position in (0, 3, LENGTH - 1):
+        other = x.at[:, position].set((x[:, position] + 1) % CLASSES)
+        a, b = run(model, x), run(model, other)
+        np.testing.assert_allclose(a[:, :position], b[:, :position], atol=1e-6)
+        assert np.abs(a[:, position:] - b[:, position:]).max() > 1e-3
+
+
+def test_transformer_has_names_for_pretrained_weights():
+    model = create("transformer", head_dim=6, qk_norm="head")
+    shapes = {".".join(map(str, path)): v.shape for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Param)}
+    assert shapes["embedding"] == (CLASSES, 8)
+    assert shapes["head.kernel"] == (8, CLASSES)
+    assert shapes["layers.0.attention.q.kernel"] == (8, 24)
+    assert shapes["layers.1.attention.k.kernel"] == (8, 12)
+    assert shapes["layers.1.attention.q_norm.scale"] == (6,)
+    assert shapes["layers.1.moe.router"] == (E, 8)
+    assert shapes["layers.1.moe.w_gate"] == (E, 8, 8)
+    assert not [name for name in shapes if "bias" in name or ".b_" in name]
+
+
+def softmax(values):
+    values = np.exp(values - values.max(-1, keepdims=True))
+    return values / values.sum(-1, keepdims=True)
+
+
+def attention_oracle(model, x, heads, kv_heads):
+    """One text, head by head, position by position, with rotation as multiplication of complex numbers."""
+    q, k, v, o = (np.asarray(getattr(model, name).kernel.get_value(), np.float64) for name in "qkvo")
+    size = q.shape[1] // heads
+
+    def normal(values, scale):
+        return values / np.sqrt((values**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(scale.get_value())
+
+    queries, keys, values = x @ q, x @ k, x @ v
+    if model.qk_norm == "projection":
+        queries, keys = normal(queries, model.q_norm.scale), normal(keys, model.k_norm.scale)
+    if model.qk_norm == "head":
+        queries, keys = (
+            normal(a.reshape(len(x), -1, size), norm.scale).reshape(len(x), -1)
+            for a, norm in ((queries, model.q_norm), (keys, model.k_norm))
+        )
+    out = np.zeros((len(x), heads * size))
+
+    def turned(values, position):
+        pair = values[: size // 2] + 1j * values[size // 2 :]
+        pair = pair * np.exp(1j * position * model.rope_base ** (-2 * np.arange(size // 2) / size))
+        return np.concatenate([pair.real, pair.imag])
+
+    for h in range(heads):
+        mine, theirs = slice(h * size, (h + 1) * size), slice(h // (heads // kv_heads) * size, (h // (heads // kv_heads) + 1) * size)
+        turned_keys = np.stack([turned(keys[t, theirs], t) for t in range(len(x))])
+        for t in range(len(x)):
+            weight = softmax(turned_keys[: t + 1] @ turned(queries[t, mine], t) / np.sqrt(size))
+            out[t, mine] = weight @ values[: t + 1, theirs]
+    return out @ o
+
+
+@pytest.mark.parametrize("qk_norm", [None, "head", "projection"])
+def test_attention_equals_oracle(qk_norm):
+    model = Attention(8, heads=4, kv_heads=2, rope_base=100.0, qk_norm=qk_norm, rngs=nnx.Rngs(0))
+    for norm in (model.q_norm, model.k_norm):
+        if norm is not None:
+            norm.scale.set_value(1 + jnp.arange(norm.scale.shape[0], dtype=jnp.float32))
+    x = np.random.default_rng(0).normal(size=(2, LENGTH, 8)).astype(np.float32)
+    y = nnx.jit(lambda model, x: model(x))(model, jnp.asarray(x))
+    for example in range(2):
+        np.testing.assert_allclose(y[example], attention_oracle(model, x[example], 4, 2), atol=1e-5)
+
+
+def test_grouped_heads_equal_repeated_ones():
+    grouped, full = (Attention(8, heads=4, kv_heads=n, rngs=nnx.Rngs(0)) for n in (2, 4))
+    for name in "qkvo":
+        kernel = getattr(grouped, name).kernel.get_value()
+        if name in "kv":
+            kernel = jnp.repeat(kernel.reshape(8, 2, 2), 2, 1).reshape(8, 8)
+        getattr(full, name).kernel.set_value(kernel)
+    x = jax.random.normal(jax.random.key(0), (2, LENGTH, 8))
+    run = nnx.jit(lambda model, x: model(x))
+    np.testing.assert_allclose(run(grouped, x), run(full, x), atol=1e-6)
+
+
+def test_rotary_products_depend_on_distance_only():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 3, 8))
+    turn = jax.jit(lambda x, position: rotate(x, position[None], 100.0))
+
+    def product(i, j):
+        return (turn(q, jnp.asarray(i)) * turn(k, jnp.asarray(j))).sum(-1)
+
+    np.testing.assert_allclose(product(5, 2), product(103, 100), atol=1e-4)
+    assert np.abs(product(5, 2) - product(5, 3)).max() > 0.01
+    np.testing.assert_array_equal(turn(q, jnp.asarray(0)), q)
+    np.testing.assert_allclose(jnp.linalg.norm(turn(q, jnp.asarray(9)), axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("stride", "size"), [(1, (5, 6)), (2, (5, 6)), (2, (8, 7))])
+def test_conv_equals_lax(stride, size):
+    conv = Conv(3, 4, stride=stride, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, *size, 3))
+    kernel = conv.linear.kernel.get_value().reshape(3, 3, 3, 4)
+    expected = jax.lax.conv_general_dilated(x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(nnx.jit(lambda conv, x: conv(x))(conv, x), expected, atol=1e-5)
+
+
+def test_norms_equal_numpy():
+    x = np.random.default_rng(0).normal(2, 3, (2, 3, 4, 6)).astype(np.float32)
+    rms, group = RMSNorm(6), GroupNorm(6, 3)
+    for variable in (rms.scale, group.scale, group.bias):
+        variable.set_value(jnp.arange(6.0) - 1)
+    run = nnx.jit(lambda model, x: model(x))
+    np.testing.assert_allclose(run(rms, jnp.asarray(x)), x / np.sqrt((x**2).mean(-1, keepdims=True)) * (np.arange(6) - 1), rtol=1e-4)
+    grouped = x.reshape(2, 12, 3, 2)
+    grouped = (grouped - grouped.mean((1, 3), keepdims=True)) / grouped.std((1, 3), keepdims=True)
+    np.testing.assert_allclose(run(group, jnp.asarray(x)), grouped.reshape(x.shape) * (np.arange(6) - 1) + np.arange(6) - 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("inner", [(), (3,)])
+def test_cross_entropy_equals_numpy(inner):
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(4, *inner, 3)).astype(np.float32) * 3
+    y = random.integers(0, 3, (4, *inner))
+    y[0] = -1
+    y[2, ...] = np.where(np.arange(np.prod(inner, dtype=int)) == 1, -1, y[2]) if inner else y[2]
+    data = Batch(jnp.asarray(logits), jnp.asarray(y), jnp.ones(4, bool))
+    loss, aux = cross_entropy(lambda x: x, data, jax.random.key(0))
+    for b in range(4):
+        rows = [(softmax(z.astype(np.float64)), t) for z, t in zip(logits[b].reshape(-1, 3), y[b].reshape(-1), strict=True) if t >= 0]
+        np.testing.assert_allclose(loss[b], np.mean([-np.log(p[t]) for p, t in rows]) if rows else 0, rtol=1e-5)
+        np.testing.assert_allclose(aux["correct"][b], np.mean([p.argmax() == t for p, t in rows]) if rows else 0, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vgg", {}, "^model is 'vgg', must be one of mlp, resnet, transformer"),
+        ("mlp", {"depth": 3, "width": 2}, "^model 'mlp' has no option depth, width"),
+        ("mlp", {"top_k": 9}, "^top_k is 9"),
+        ("resnet", {"input_shape": (4,)}, "^input_shape is"),
+        ("resnet", {"widths": ()}, "^widths is"),
+        ("transformer", {"heads": 3}, "^kv_heads is 2, must divide heads"),
+        ("transformer", {"heads": 3, "kv_heads": 1}, "^heads is 3, must divide features"),
+        ("transformer", {"head_dim": 3}, "^head_dim is 3"),
+        ("transformer", {"qk_norm": "layer"}, "^qk_norm is"),
+        ("no_such_module:make", {}, "^model is 'no_such_module:make', which cannot be imported"),
+        ("json:make", {}, "^model is 'json:make', which cannot be imported"),
+        (":make", {}, "^model is ':make', which cannot be imported"),
+        ("json:dumps", {}, "^model 'json:dumps' must be a callable that takes"),
+        ("json:__name__", {}, "^model 'json:__name__' must be a callable that takes"),
+        ("builtins:dict", {}, "^model 'builtins:dict' returned dict"),
+    ],
+)
+def test_impossible_models_are_named(name, options, message):
+    arguments = {"input_shape": (4, 4), "num_classes": 3, "num_experts": 4, "top_k": 1, "seed": 0} | options
+    with pytest.raises(ValueError, match=message):
+        models.create(name, **arguments)
+
+
+def test_own_model_by_name(monkeypatch):
+    class Own(models.MLP):
+        def __init__(self, *, input_shape, num_classes, num_experts, top_k, seed, dtype, hidden):
+            sizes = {"num_experts": num_experts, "top_k": top_k, "hidden": hidden, "expert_hidden": 8}
+            super().__init__(input_shape, num_classes, **sizes, dtype=dtype, rngs=nnx.Rngs(seed))
+
+    module = types.ModuleType("own_models")
+    module.Own = Own
+    monkeypatch.setitem(sys.modules, "own_models", module)
+    arguments = {"input_shape": SHAPES["mlp"], "num_classes": CLASSES, "num_experts": E, "top_k": 1, "seed": 0}
+    assert models.create("own_models:Own", **arguments, hidden=8).into.kernel.shape == (12, 8)
+    with pytest.raises(ValueError, match="model 'own_models:Own' must be a callable that takes"):
+        models.create("own_models:Own", **arguments, hidden=8, depth=5)
+
+
+def test_longer_text_than_max_length():
+    with pytest.raises(ValueError, match="x has 7 tokens, max_length is 6"):
+        create("transformer", max_length=6)(batch("transformer").x)

@@ -1,0 +1,259 @@
+"""Tests of runs through the API: resume, out of memory, what learns, and every named optimizer, schedule and engine option."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from fedmoe_jax.training import metrics, setup, trainer
+from fedmoe_jax.training.config import ALIGNERS, FITNESSES, OPTIMIZERS, SCHEDULES, TrainConfig, UsageError, to_toml
+from fedmoe_jax.training.evaluate import global_evaluation
+
+CONFIG = TrainConfig(population=20, cohort=5, experts=4, rounds=4, eval_every=2, checkpoint_every=2, model_options={"hidden": 16})
+MEASURED = ("wall_seconds", "clients_per_second", "peak_memory_bytes")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Runs of one shape share their compiled programs."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run that was killed right after its config.toml was written, then resumed to the end."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    (out / "config.toml").write_text(to_toml(CONFIG))
+    seen = []
+    trainer.train(CONFIG, out, resume=True, callback=lambda state, record: seen.append(record["round"]))
+    assert seen == [0, 1, 2, 3]
+    return out
+
+
+def weights(out):
+    with np.load(out / "weights.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def exact(out):
+    """The metrics of a run that do not depend on the machine's speed."""
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in metrics.read(out / "metrics.jsonl")]
+
+
+def content(out):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(uninterrupted, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(state, record):
+        if record["round"] == 2:
+            raise Stop
+
+    out = tmp_path / "run"
+    with pytest.raises(Stop):
+        trainer.train(CONFIG, out, callback=stop)
+    assert [line["round"] for line in metrics.read(out / "metrics.jsonl")] == [0, 1, 2]  # one more than the checkpoint knows
+    assert not (out / "summary.json").exists()
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 3, "train_lo')
+    seen = []
+    trainer.train(CONFIG, out, resume=True, callback=lambda state, record: seen.append(record["round"]))
+    assert seen == [2, 3]
+    assert exact(out) == exact(uninterrupted)
+    ours, theirs = weights(out), weights(uninterrupted)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def test_resume_of_a_finished_run_changes_nothing(uninterrupted):
+    before = content(uninterrupted)
+    summary = trainer.train(CONFIG, uninterrupted, resume=True, callback=lambda *_: pytest.fail("a round was run"))
+    assert summary == json.loads((uninterrupted / "summary.json").read_text())
+    assert content(uninterrupted) == before
+
+
+@pytest.mark.parametrize("field, value", [("rounds", 8), ("seed", 1), ("aligner", "random")])
+def test_resume_with_another_configuration_is_refused(uninterrupted, field, value):
+    before = content(uninterrupted)
+    with pytest.raises(UsageError, match=rf"--resume: {field} differ"):
+        trainer.train(dataclasses.replace(CONFIG, **{field: value}), uninterrupted, resume=True)
+    assert content(uninterrupted) == before
+
+
+def test_out_must_be_unused_and_resume_needs_a_run(uninterrupted, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for out in (uninterrupted, file):
+        with pytest.raises(UsageError, match=r"--out .* is not empty"):
+            trainer.claim(out, CONFIG, resume=False)
+    for out in (tmp_path / "absent", tmp_path):
+        with pytest.raises(UsageError, match="holds no run to continue"):
+            trainer.claim(out, CONFIG, resume=True)
+    trainer.claim(tmp_path / "absent", CONFIG, resume=False)
+    assert not (tmp_path / "absent").exists()
+
+
+def test_checkpoints_and_evaluations_fall_where_the_configuration_says(uninterrupted):
+    assert sorted(path.name for path in (uninterrupted / "checkpoints").iterdir()) == ["2", "4"]
+    lines = exact(uninterrupted)
+    assert [line["eval_accuracy"] is not None for line in lines] == [False, True, False, True]
+    for line in lines:
+        assert sum(line["load"]) == CONFIG.cohort * CONFIG.slots and math.isfinite(line["train_loss"])
+
+
+def failing(message, times):
+    """A program that fails as XLA does."""
+
+    def program(*_):
+        times.append(1)
+        raise jax.errors.JaxRuntimeError(message)
+
+    return program
+
+
+def test_out_of_memory_halves_the_chunk(uninterrupted):
+    notes, times = [], []
+    run = trainer.Run(setup.build(CONFIG), notes.append)
+    assert run.chunk == CONFIG.cohort
+    run.program = failing("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes", times)
+    records = list(run.blocks())
+    assert (run.chunk, len(times), len(records), run.done) == (3, 1, 4, 4)
+    assert notes == ["out of device memory: training 3 clients at once from here on"]
+    whole = exact(uninterrupted)
+    for ours, theirs in zip(records[:2], whole[:2], strict=True):  # later, rounding may change an assignment
+        assert ours["load"] == theirs["load"]
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("message, chunk", [("RESOURCE_EXHAUSTED: Out of memory", 1), ("INTERNAL: broken", 4)])
+def test_other_failures_are_raised(message, chunk):
+    run = trainer.Run(setup.build(dataclasses.replace(CONFIG, chunk=chunk)), pytest.fail)
+    run.program = failing(message, [])
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        next(run.blocks())
+    assert run.done == 0
+
+
+@pytest.mark.parametrize(
+    "changes", [{"aligner": "full"}, {"router": "personal", "dtype": "bfloat16", "router_prior": 1.0, "profile": "tiers"}], ids=str
+)
+def test_full_and_personal_and_bfloat16_runs_stay_finite(changes):
+    config = dataclasses.replace(CONFIG, rounds=2, **changes)
+    run = trainer.Run(setup.build(config))
+    records = list(run.blocks())
+    for line in records:
+        assert math.isfinite(line["train_loss"])
+    for name in ("eval_loss", "eval_accuracy", "client_accuracy_mean", "client_accuracy_p10"):
+        assert records[-1][name] is not None and math.isfinite(records[-1][name])
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((run.state.experts, run.state.shared)))
+    if config.aligner == "full":
+        assert records[0]["load"] == [config.cohort] * config.experts
+    if config.router == "personal":
+        assert all(leaf.shape[0] == config.population for leaf in jax.tree.leaves(run.state.personal))
+
+
+def test_the_experts_do_the_work():
+    run = trainer.Run(setup.build(TrainConfig(rounds=60, eval_every=60)))
+    accuracy = list(run.blocks())[-1]["eval_accuracy"]
+
+    def silenced(path, value):
+        return jnp.zeros_like(value) if "w_out" in jax.tree_util.keystr(path) or "b_out" in jax.tree_util.keystr(path) else value
+
+    experts = jax.tree_util.tree_map_with_path(silenced, run.state.experts)
+    without = global_evaluation(run.setup)(dataclasses.replace(run.state, experts=experts))["eval_accuracy"]
+    assert accuracy >= 0.5
+    assert accuracy - without >= 0.2
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_descends(name):
+    make = setup.optimizer(name, 0.01)
+    value = jnp.array([1.0, -2.0])
+    state = make.init(value)
+    updates, _ = make.update(2 * value, state, value)
+    moved = optax.apply_updates(value, updates)
+    assert float((moved**2).sum()) < float((value**2).sum())
+
+
+def test_momentum_and_nesterov_differ_from_sgd():
+    def two_steps(name):
+        make, gradient = setup.optimizer(name, 0.1), jnp.ones(1)
+        state, total = make.init(gradient), 0.0
+        for _ in range(2):
+            updates, state = make.update(gradient, state, gradient)
+            total += float(updates[0])
+        return total
+
+    assert two_steps("sgd") == pytest.approx(-0.2)
+    assert two_steps("momentum") == pytest.approx(-0.1 * (1 + 1.9))
+    assert two_steps("nesterov") == pytest.approx(-0.1 * (1.9 + 2.71))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_starts_at_the_rate_and_only_constant_stays(name):
+    rate = setup.schedule(name, 0.5, 10)
+    at = [float(rate(round)) if callable(rate) else rate for round in (0, 5, 10)]
+    assert at == pytest.approx([0.5, 0.5, 0.5] if name == "constant" else [0.5, 0.25, 0.0])
+
+
+def test_the_client_rate_follows_the_round():
+    make = setup.client_optimizer(dataclasses.replace(CONFIG, client_schedule="linear", client_lr=0.4, rounds=4))
+    gradient = jnp.ones(1)
+    steps = [float(make(jnp.int32(round)).update(gradient, make(jnp.int32(round)).init(gradient), gradient)[0][0]) for round in (0, 2)]
+    assert steps == pytest.approx([-0.4, -0.2])
+
+
+@pytest.mark.parametrize("aligner", ALIGNERS)
+def test_every_aligner_and_fitness_can_be_made(aligner):
+    for fitness in FITNESSES:
+        made = setup.make_aligner(dataclasses.replace(CONFIG, aligner=aligner, fitness=fitness))
+        assert made.max_slots == (CONFIG.experts if aligner == "full" else CONFIG.slots)
+
+
+def test_aligners_share_weights_and_split_and_seeds_share_only_the_split():
+    def built(**changes):
+        return setup.build(dataclasses.replace(CONFIG, **changes), split_seed=CONFIG.seed)
+
+    def flat(made):
+        return {key: value.get_value() for part in (made.parts.experts, made.parts.shared) for key, value in nnx.to_flat_state(part)}
+
+    one, other, reseeded = built(aligner="random"), built(aligner="balanced"), built(aligner="random", seed=1)
+    for key, value in flat(one).items():
+        np.testing.assert_array_equal(value, flat(other)[key])
+    assert any(not np.array_equal(value, flat(reseeded)[key]) for key, value in flat(one).items())
+    for made in (other, reseeded):
+        for ours, theirs in zip(jax.tree.leaves(one.population), jax.tree.leaves(made.population), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_client_never_trains_on_its_own_test_examples():
+    made = setup.build(CONFIG)
+
+    def rows(population, client):
+        batch = population.batch(jnp.int32(client), jnp.arange(population.max_examples))
+        return {row.tobytes() for row in np.asarray(batch.x)[np.asarray(batch.mask)]}
+
+    held = [rows(made.holdout, client) for client in range(CONFIG.population)]
+    assert any(held)
+    for client, own in enumerate(held):
+        assert not own & rows(made.population, client)
