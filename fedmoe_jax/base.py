@@ -204,13 +204,15 @@ class Aligner(NamedTuple):
     """Decides each round which client trains which experts, and learns from what came of it.
 
     init(num_clients) -> state; align(key, state, cohort) -> (Alignment, state);
-    learn(state, cohort, alignment, feedback) -> state. No client gets more than `max_slots` experts.
+    learn(state, cohort, alignment, feedback) -> state. No client gets more than `max_slots` experts, nor tries more than
+    `probes` others.
     """
 
     init: Callable[[int], PyTree]
     align: Callable[[Key[Array, ""], PyTree, Cohort], tuple[Alignment, PyTree]]
     learn: Callable[[PyTree, Cohort, Alignment, Feedback], PyTree]
     max_slots: int
+    probes: int = 0
 
 
 class Aggregator(NamedTuple):

@@ -31,6 +31,8 @@ class TrainOptions:
     """Continue the run in --out."""
     trace: str | None = None
     """Folder for a JAX profile."""
+    tensorboard: str | None = None
+    """Folder for TensorBoard event files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(words: list[str]) -> None:
     resumed = "--resume" in words and _stored(words)
     config, options = parse(TrainConfig, words, "fedmoe train", default=resumed or None, options=TrainOptions)
+    from fedmoe_jax.training.tensorboard import scalars
     from fedmoe_jax.training.trainer import train
 
-    summary = train(config, _folder(options.out), resume=options.resume, trace=options.trace)
+    callback = None if options.tensorboard is None else scalars(options.tensorboard)
+    summary = train(config, _folder(options.out), resume=options.resume, trace=options.trace, callback=callback)
     last = summary["last"]
     print(f"accuracy {_percent(last['eval_accuracy'])}, clients' own {_percent(last['client_accuracy_mean'])}: {options.out}/report.html")
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fedmoe_jax import aggregation, sampling
 from fedmoe_jax.alignment import capacity
@@ -128,7 +128,8 @@ def federated_moe(
         key = jax.random.fold_in(state.key, state.round)
         cost = trainer.cost(population, state.round)
         sampled = sampling.cohort(stage_key(key, "cohort"), population.num_clients, cohort_size)
-        cohort, examples, admitted = _admit(population, sampled, cost, aligner.max_slots, deadline, trainer)
+        examples = trainer.examples(jax.vmap(population.num_examples)(sampled))
+        cohort, admitted = admit(population, sampled, cost, aligner, deadline=deadline, examples=examples)
         alignment, aligned = aligner.align(stage_key(key, "align"), state.aligner, cohort)
         prior = jnp.where(alignment.held == NO_EXPERT, 0, router_prior * (alignment.fitness - alignment.fitness_mean[:, None]))
         delta, personal, feedback, summary = trainer.train(stage_key(key, "local"), state, population, cohort, alignment, prior)
@@ -163,16 +164,21 @@ def rounds(step: Callable[[State, Population], tuple[State, Info]], most: int) -
     return jax.jit(run, donate_argnums=0)
 
 
-def _admit(population, sampled, cost: RoundCost, max_slots, deadline, trainer):
-    """The cohort with its slots, the examples that each client processes, and who fits into memory and deadline at all."""
-    profile = jax.tree.map(lambda row: row[sampled], population.profile)
-    owned = jax.vmap(population.num_examples)(sampled)
-    examples = trainer.examples(owned)
-    slots = capacity.slots(profile, cost, deadline=deadline, max_slots=max_slots, examples=examples)
+def admit(
+    population: Population, client: Int[Array, " client"], cost: RoundCost, aligner: Aligner, *, deadline: float | None, examples: Array
+) -> tuple[Cohort, Bool[Array, " client"]]:
+    """The cohort of these clients with its slots, and who fits into memory and deadline at all.
+
+    Present are those of them that have data; `examples` are what each client processes in the round.
+    """
+    profile = jax.tree.map(lambda row: row[client], population.profile)
+    limits: dict[str, Any] = dict(deadline=deadline, max_slots=aligner.max_slots, examples=examples, probes=aligner.probes)
+    slots = capacity.slots(profile, cost, **limits)
     admitted = cost.shared_memory <= profile.memory_bytes
     if deadline is not None:
         admitted &= capacity.seconds(profile, cost, jnp.zeros_like(slots), examples=examples) <= deadline
-    return Cohort(sampled, admitted & (owned > 0), jnp.where(admitted, slots, 0)), examples, admitted
+    present = admitted & (examples > 0)
+    return Cohort(client, present, jnp.where(present, slots, 0)), admitted
 
 
 def _serve(server_optimizer, state, delta, tokens, examples):

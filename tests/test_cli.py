@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,22 +15,6 @@ TINY = [
     "--model_options", "hidden=16",
 ]  # fmt: skip
 EVALUATED = ("eval_loss", "eval_accuracy", "client_accuracy_mean", "client_accuracy_p10")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs of one shape share their compiled programs."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +66,17 @@ def test_a_run_leaves_its_files(run):
     assert plots and all(path.read_bytes().startswith(b"\x89PNG") for path in plots)
     assert "<html" in (run / "report.html").read_text()
     assert not list(run.rglob("*.tmp"))
+
+
+def test_tensorboard_gets_every_round(run, tmp_path):
+    from fedmoe_jax.training.tensorboard import scalars
+
+    write = scalars(str(tmp_path))
+    for record in metrics.read(run / "metrics.jsonl"):
+        write(None, record)
+    (events,) = tmp_path.iterdir()
+    content = events.read_bytes()
+    assert content.count(b"train_loss") >= 1 and b"client_accuracy_p10" in content and content.count(b"load_cv_total") == 4
 
 
 def test_resume_of_a_finished_run_does_nothing(run, capsys):

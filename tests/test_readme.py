@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fedmoe_jax.training import metrics, trainer
+from fedmoe_jax.training.config import TrainConfig
+
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
 
 
@@ -25,10 +28,11 @@ def test_own_model_is_accepted():
     assert fm.partition(model).experts["moe"]["w_in"].shape[0] == 4
 
 
-def test_own_aligner_is_an_aligner():
-    from fedmoe_jax import alignment
-
-    names = {}
-    exec(compile(BLOCKS[2], "README", "exec"), names)
-    aligner = names["by_usage"](num_experts=4, max_slots=2, fitness=None, load=alignment.load.monitor())
-    assert aligner.max_slots == 2
+def test_own_aligner_trains_to_the_end(tmp_path, monkeypatch):
+    (tmp_path / "myaligner.py").write_text(BLOCKS[2])
+    monkeypatch.syspath_prepend(tmp_path)
+    config = TrainConfig(population=20, cohort=5, experts=4, rounds=2, eval_every=2, aligner="myaligner:fixed", model_options={"hidden": 8})
+    summary = trainer.train(config, tmp_path / "run")
+    assert summary["last"]["client_accuracy_mean"] is not None and (tmp_path / "run" / "report.html").is_file()
+    load = metrics.read(tmp_path / "run" / "metrics.jsonl")[0]["load"]
+    assert sum(load) == 10 and load[0] == load[1] and load[2] == load[3]  # the clients hold the experts in pairs

@@ -159,7 +159,7 @@ def test_chunks_change_nothing_but_rounding(router):
     close(whole, chunked, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["random", "greedy"])
+@pytest.mark.parametrize("name", ["random", "greedy", "balanced"])
 def test_the_order_of_the_cohort_changes_nothing_but_rounding(name, monkeypatch):
     data, plain = population(), sampling.cohort
     options = dict(aligner=aligner(name), solo_examples=BATCH, router_prior=0.5)
@@ -313,6 +313,19 @@ def test_a_cohort_larger_than_the_population_is_refused():
 def test_a_model_without_experts_is_refused():
     with pytest.raises(ValueError, match="no ExpertParam"):
         algorithm(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+def test_the_deadline_has_room_for_probes():
+    data = population()
+    batch = jax.eval_shape(lambda: data.batch(jnp.int32(0), jnp.arange(BATCH)))
+    cost = round_cost(partition(model()), cross_entropy, optax.sgd(0.3), batch)
+    slow = dataclasses.replace(data.profile, downlink_bytes_per_second=jnp.full(CLIENTS, float(cost.expert_bytes)))  # one expert a second
+    shared = float(cost.shared_bytes / cost.expert_bytes)
+    for name, probes, most in (("random", 0, 2), ("balanced", 1, 1)):
+        options = dict(aligner=aligner(name), cohort_size=CLIENTS, deadline=shared + 2.5, solo_examples=BATCH)
+        _, info = run(algorithm(**options), dataclasses.replace(data, profile=slow))
+        assert info.load.sum() == most * CLIENTS and info.simulated_seconds <= shared + 2.5
+        assert info.bytes_down - info.bytes_up == probes * CLIENTS * cost.expert_bytes
 
 
 def test_clients_too_slow_for_the_deadline_are_dropped():

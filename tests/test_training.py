@@ -11,28 +11,12 @@ import optax
 import pytest
 from flax import nnx
 
-from fedmoe_jax.training import metrics, setup, trainer
+from fedmoe_jax.training import compare, metrics, setup, trainer
 from fedmoe_jax.training.config import ALIGNERS, FITNESSES, OPTIMIZERS, SCHEDULES, TrainConfig, UsageError, to_toml
 from fedmoe_jax.training.evaluate import global_evaluation
 
 CONFIG = TrainConfig(population=20, cohort=5, experts=4, rounds=4, eval_every=2, checkpoint_every=2, model_options={"hidden": 16})
 MEASURED = ("wall_seconds", "clients_per_second", "peak_memory_bytes")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs of one shape share their compiled programs."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +117,10 @@ def failing(message, times):
 
 def test_out_of_memory_halves_the_chunk(uninterrupted):
     notes, times = [], []
-    run = trainer.Run(setup.build(CONFIG), notes.append)
+    run = trainer.Run(setup.build(CONFIG), note=notes.append)
     assert run.chunk == CONFIG.cohort
     run.program = failing("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes", times)
-    records = list(run.blocks())
+    records = [record for (record,) in run.blocks()]
     assert (run.chunk, len(times), len(records), run.done) == (3, 1, 4, 4)
     assert notes == ["out of device memory: training 3 clients at once from here on"]
     whole = exact(uninterrupted)
@@ -147,7 +131,7 @@ def test_out_of_memory_halves_the_chunk(uninterrupted):
 
 @pytest.mark.parametrize("message, chunk", [("RESOURCE_EXHAUSTED: Out of memory", 1), ("INTERNAL: broken", 4)])
 def test_other_failures_are_raised(message, chunk):
-    run = trainer.Run(setup.build(dataclasses.replace(CONFIG, chunk=chunk)), pytest.fail)
+    run = trainer.Run(setup.build(dataclasses.replace(CONFIG, chunk=chunk)), note=pytest.fail)
     run.program = failing(message, [])
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         next(run.blocks())
@@ -160,7 +144,7 @@ def test_other_failures_are_raised(message, chunk):
 def test_full_and_personal_and_bfloat16_runs_stay_finite(changes):
     config = dataclasses.replace(CONFIG, rounds=2, **changes)
     run = trainer.Run(setup.build(config))
-    records = list(run.blocks())
+    records = [record for (record,) in run.blocks()]
     for line in records:
         assert math.isfinite(line["train_loss"])
     for name in ("eval_loss", "eval_accuracy", "client_accuracy_mean", "client_accuracy_p10"):
@@ -172,9 +156,45 @@ def test_full_and_personal_and_bfloat16_runs_stay_finite(changes):
         assert all(leaf.shape[0] == config.population for leaf in jax.tree.leaves(run.state.personal))
 
 
+def test_seeds_side_by_side_are_those_one_after_the_other():
+    first = setup.build(CONFIG)
+    setups = [setup.variant(first, dataclasses.replace(CONFIG, seed=seed)) for seed in (0, 1, 2)]
+    together = trainer.Run(*setups)
+    columns = list(zip(*together.blocks(), strict=True))
+    alone = trainer.Run(first)
+    for made, ours in zip(setups, columns, strict=True):
+        alone.start(made)
+        theirs = [record for (record,) in alone.blocks()]
+        assert len(ours) == len(theirs) == CONFIG.rounds
+        for a, b in zip(ours[:2], theirs[:2], strict=True):  # later, rounding may change an assignment
+            assert a["load"] == b["load"] and a["bytes_down"] == b["bytes_down"]
+            assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+        assert ours[1]["eval_accuracy"] == pytest.approx(theirs[1]["eval_accuracy"], abs=0.01)
+        assert ours[1]["client_accuracy_mean"] == pytest.approx(theirs[1]["client_accuracy_mean"], abs=0.02)
+    assert columns[0][0]["train_loss"] != columns[1][0]["train_loss"]
+
+
+def test_seeds_run_side_by_side_on_accelerators_with_enough_memory(monkeypatch):
+    first = setup.build(CONFIG)
+    setups = [setup.variant(first, dataclasses.replace(CONFIG, seed=seed)) for seed in (0, 1)]
+    assert compare.one_program(setups) and not compare.side_by_side(setups, 1e12)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert compare.side_by_side(setups, 1e12)
+    assert not compare.side_by_side(setups[:1], 1e12)
+    assert not compare.side_by_side(setups, 1e3)
+    other = dataclasses.replace(setups[1], parts=first.parts._replace(rest=jax.tree.map(lambda leaf: leaf + 1, first.parts.rest)))
+    assert not compare.one_program([first, other])
+
+
+def test_a_run_of_one_block_can_be_traced(tmp_path):
+    run = trainer.Run(setup.build(dataclasses.replace(CONFIG, rounds=2)))
+    assert len(list(run.blocks(trace=str(tmp_path)))) == 2
+    assert [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_the_experts_do_the_work():
     run = trainer.Run(setup.build(TrainConfig(rounds=60, eval_every=60)))
-    accuracy = list(run.blocks())[-1]["eval_accuracy"]
+    accuracy = list(run.blocks())[-1][0]["eval_accuracy"]
 
     def silenced(path, value):
         return jnp.zeros_like(value) if "w_out" in jax.tree_util.keystr(path) or "b_out" in jax.tree_util.keystr(path) else value
@@ -231,8 +251,10 @@ def test_every_aligner_and_fitness_can_be_made(aligner):
 
 
 def test_aligners_share_weights_and_split_and_seeds_share_only_the_split():
+    data = setup.build(CONFIG)
+
     def built(**changes):
-        return setup.build(dataclasses.replace(CONFIG, **changes), split_seed=CONFIG.seed)
+        return setup.variant(data, dataclasses.replace(CONFIG, **changes))
 
     def flat(made):
         return {key: value.get_value() for part in (made.parts.experts, made.parts.shared) for key, value in nnx.to_flat_state(part)}

@@ -60,8 +60,13 @@ def solve(problem: Problem, prices: Int[Array, " expert"]) -> tuple[Bool[Array, 
 
     Starts from `prices` when they are nearly right already, else from those of Newton's method.
     """
-    given = _plan(problem, prices)
-    plan = lax.cond(_surplus(given) <= _FEW, lambda: given, lambda: _plan(problem, _newton(problem)))
+
+    def anew(state):
+        return _plan(problem, _newton(problem)), jnp.bool_(False)
+
+    # A loop of at most one step, not a cond: under vmap a cond computes both branches, this only what some problem needs.
+    given = _plan(problem, prices), jnp.bool_(True)
+    plan, _ = lax.while_loop(lambda state: state[1] & (_surplus(state[0]) > _FEW), anew, given)
     plan = lax.while_loop(lambda plan: _surplus(plan) > 0, lambda plan: _repair(problem, plan), plan)
     return plan.mask, plan.prices
 

@@ -41,7 +41,7 @@ class Trainer(NamedTuple):
 
     def examples(self, owned: Any) -> Any:
         """Examples that a client with `owned` examples processes in a round."""
-        return owned * self.local_epochs if self.local_steps is None else jnp.minimum(owned, self.batch_size) * self.local_steps
+        return primal.num_processed(owned, batch_size=self.batch_size, local_epochs=self.local_epochs, local_steps=self.local_steps)
 
     def train(self, key, state, population, cohort: Cohort, alignment: Alignment, prior) -> Any:
         """Trains the cohort.

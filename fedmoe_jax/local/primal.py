@@ -43,6 +43,11 @@ def num_steps(num_examples: Int[Array, ""], *, batch_size: int, local_epochs: in
     return local_steps if local_steps is not None else local_epochs * -(-num_examples // batch_size)  # type: ignore[operator]
 
 
+def num_processed(num_examples: Any, *, batch_size: int, local_epochs: int | None, local_steps: int | None) -> Any:
+    """Examples that a client with `num_examples` processes in a round, each as often as it is in a batch."""
+    return num_examples * local_epochs if local_steps is None else jnp.minimum(num_examples, batch_size) * local_steps
+
+
 def local_batch(key: Key[Array, ""], population: Population, client: Int[Array, ""], step: Int[Array, ""] | int, batch_size: int) -> Batch:
     """The batch of a local step: every epoch visits each example of the client once, in an order of its own."""
     size = population.num_examples(client)

@@ -28,8 +28,11 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "example height width in"]) -> Float[Array, "example new_height new_width out"]:
         y = jax.nn.relu(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
-        x = x if self.shortcut is None else self.shortcut(x[:, :: self.stride, :: self.stride])
-        return jax.nn.relu(x + y)
+        return jax.nn.relu(y + (x if self.shortcut is None else self.shortcut(self._strided(x))))
+
+    def _strided(self, x):
+        # XLA's compiler for GPUs aborts when it fuses this slice into the product that follows (seen with JAX 0.11.2).
+        return x if self.stride == 1 else jax.lax.optimization_barrier(x[:, :: self.stride, :: self.stride])
 
 
 class ResNet(nnx.Module):

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fedmoe_jax.alignment import capacity
-from fedmoe_jax.base import NO_EXPERT, Batch, Cohort, stage_key
+from fedmoe_jax.base import NO_EXPERT, Batch, stage_key
 from fedmoe_jax.experts import RouterParam, Slots, bind, gather, num_experts
 from fedmoe_jax.round import State
 from fedmoe_jax.sampling import cohort as sample
@@ -58,8 +57,7 @@ def client_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
     everyone = jnp.arange(population.num_clients)
     if population.num_clients > MAX_CLIENTS:
         everyone = sample(jax.random.key(setup.config.seed), population.num_clients, MAX_CLIENTS)
-    profile = jax.tree.map(lambda row: row[everyone], population.profile)
-    slots = capacity.slots(profile, setup.cost(), deadline=setup.config.deadline, max_slots=setup.aligner.max_slots)
+    cohort = setup.admit(everyone)
 
     def accuracy(state, client, held, prior):
         experts = gather(state.experts, held)
@@ -80,7 +78,7 @@ def client_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
     @jax.jit
     def evaluate(state):
         key = stage_key(jax.random.fold_in(state.key, state.round), "evaluate")
-        alignment, _ = setup.aligner.align(key, state.aligner, Cohort(everyone, jnp.ones(everyone.shape, bool), slots))
+        alignment, _ = setup.aligner.align(key, state.aligner, cohort)
         centred = alignment.fitness - alignment.fitness_mean[:, None]
         prior = jnp.where(alignment.held == NO_EXPERT, 0, setup.config.router_prior * centred)
         return jax.lax.map(lambda row: accuracy(state, *row), (everyone, alignment.held, prior), batch_size=min(_CHUNK, everyone.shape[0]))

@@ -44,10 +44,13 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
-    def update(self, record: Mapping[str, Any]) -> None:
-        """Shows a round that has ended; `record` is a line of metrics.jsonl. Evaluations stay until the next."""
-        self._seen.update({name: value for name, value in record.items() if value is not None})
-        done = int(record["round"]) + 1
+    def update(self, record: Mapping[str, Any], done: int | None = None) -> None:
+        """Shows a round that has ended; `record` is a line of metrics.jsonl. Evaluations stay until the next.
+
+        `done` counts the rounds so far where that is not the record's own round, as when several runs share the display.
+        """
+        done = int(record["round"]) + 1 if done is None else done
+        self._seen.update({name: value for name, value in record.items() if value is not None}, done=done)
         self._clock.tick(done)
         evaluated = record.get("eval_accuracy") is not None or record.get("eval_loss") is not None
         waited = time.monotonic() - self._printed > _QUIET_SECONDS
@@ -73,7 +76,7 @@ class Progress:
         return facts if left is None else [*facts, f"left {_duration(left)}"]
 
     def _render(self):
-        done = int(self._seen.get("round", -1)) + 1
+        done = self._seen.get("done", 0)
         bar = Table.grid(padding=(0, 1), expand=True)
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1)

@@ -14,14 +14,15 @@ from flax import nnx
 
 from fedmoe_jax import alignment, models
 from fedmoe_jax.alignment import capacity, fitness, load
-from fedmoe_jax.base import Aligner, Fitness
+from fedmoe_jax.base import Aligner, Cohort, Fitness
 from fedmoe_jax.data import partition as splits
 from fedmoe_jax.data import sources
 from fedmoe_jax.data.population import Population
 from fedmoe_jax.experts import Partition, partition
 from fedmoe_jax.local.cost import round_cost
 from fedmoe_jax.local.plan import chunk_size
-from fedmoe_jax.round import Algorithm, State, federated_moe
+from fedmoe_jax.local.primal import num_processed
+from fedmoe_jax.round import Algorithm, State, admit, federated_moe
 from fedmoe_jax.training.config import TrainConfig
 from fedmoe_jax.training.metrics import write_bytes
 
@@ -37,6 +38,7 @@ class Setup:
     population: Population
     holdout: Population
     test: tuple[jax.Array, jax.Array]
+    num_classes: int
     model: nnx.Module
     parts: Partition
     aligner: Aligner
@@ -56,38 +58,43 @@ class Setup:
         )  # fmt: skip
 
     def aligner_scores(self, state: State) -> Any:
-        """Fitness [client, expert] of the first 1,000 clients of the population, for a picture."""
-        clients = jnp.arange(min(self.population.num_clients, 1000))
-        return self.fitness.score(state.aligner.fitness, clients)
+        """Fitness [client, expert] of the first 1,000 clients, for a picture; None where the aligner learns none that we can read."""
+        learnt = getattr(state.aligner, "fitness", None)
+        if not isinstance(learnt, fitness.FitnessState):
+            return None
+        return np.asarray(self.fitness.score(learnt, jnp.arange(min(self.population.num_clients, 1000))))
 
     def cost(self) -> Any:
         """What one round costs one client."""
         batch = jax.eval_shape(lambda: self.population.batch(jnp.int32(0), jnp.arange(self.config.batch_size)))
         return round_cost(self.parts, self.loss_fn, client_optimizer(self.config)(jnp.int32(0)), batch)
 
+    def admit(self, client: jax.Array) -> Cohort:
+        """These clients as a cohort, with the slots that a round would give them."""
+        config = self.config
+        examples = num_processed(
+            jax.vmap(self.population.num_examples)(client), batch_size=config.batch_size, local_epochs=config.local_epochs,
+            local_steps=config.local_steps,
+        )  # fmt: skip
+        return admit(self.population, client, self.cost(), self.aligner, deadline=config.deadline, examples=examples)[0]
+
     def chunk(self, memory_bytes: float) -> int:
         """The configured chunk, or the one that fits into `memory_bytes`."""
         if self.config.chunk is not None:
             return min(self.config.chunk, self.config.cohort)
-        probes = self.config.probes if self.config.fitness == "solo" else 0
-        return chunk_size(
-            self.cost(), cohort_size=self.config.cohort, max_slots=self.aligner.max_slots, probes=probes, memory_bytes=memory_bytes
-        )
+        sizes = dict(cohort_size=self.config.cohort, max_slots=self.aligner.max_slots, probes=self.aligner.probes)
+        return chunk_size(self.cost(), **sizes, memory_bytes=memory_bytes)
 
 
-def build(config: TrainConfig, *, split_seed: int | None = None) -> Setup:
-    """Loads the data, splits it, and makes model and aligner.
-
-    Args:
-      config: a valid configuration.
-      split_seed: seed of data and split when it is not that of the run.
+def build(config: TrainConfig) -> Setup:
+    """Loads the data, splits it, and makes model and aligner. `config` must be valid.
 
     Raises:
       ValueError: naming the field that cannot be.
     """
     if config.router == "statistics":
         raise ValueError("router: 'statistics' is not available yet, use shared or personal")
-    seed = config.seed if split_seed is None else split_seed
+    seed = config.seed
     dataset = sources.load(config.data, seed=seed)
     clients = sources.split(
         dataset, kind=config.split, num_clients=config.population, alpha=config.alpha,
@@ -98,18 +105,29 @@ def build(config: TrainConfig, *, split_seed: int | None = None) -> Setup:
     profile = _profile(config, seed)
     population = Population.from_arrays(x, y, train, profile)
     holdout = Population.from_arrays(x, y, held_out, profile)
+    test = (jnp.asarray(dataset.test_x), jnp.asarray(dataset.test_y))
+    return _assemble(config, population, holdout, test, dataset.num_classes)
+
+
+def variant(setup: Setup, config: TrainConfig) -> Setup:
+    """The same clients and data, not copied, with the model and aligner of `config`, which differs in seed or aligner only."""
+    return _assemble(config, setup.population, setup.holdout, setup.test, setup.num_classes)
+
+
+def _assemble(config, population, holdout, test, num_classes):
     options: dict[str, Any] = dict(config.model_options)
     if config.model in ("mlp", "resnet", "transformer"):
         options = {"balance_weight": config.balance_weight, "shared_experts": config.shared_experts, **options}
     model = models.create(
-        config.model, input_shape=dataset.x.shape[1:], num_classes=dataset.num_classes, num_experts=config.experts,
+        config.model, input_shape=population.x.shape[1:], num_classes=num_classes, num_experts=config.experts,
         top_k=config.top_k, seed=config.seed, dtype=None if config.dtype == "float32" else jnp.bfloat16, **options,
     )  # fmt: skip
     if config.init_from is not None:
         load_weights(model, config.init_from)
-    test = (jnp.asarray(dataset.test_x), jnp.asarray(dataset.test_y))
-    loss_fn = models.losses.cross_entropy
-    return Setup(config, population, holdout, test, model, partition(model), make_aligner(config), loss_fn, make_fitness(config))
+    return Setup(
+        config, population, holdout, test, num_classes, model, partition(model), make_aligner(config),
+        models.losses.cross_entropy, make_fitness(config),
+    )  # fmt: skip
 
 
 def make_fitness(config: TrainConfig) -> Fitness:

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fedmoe_jax.round import Info, State, rounds
 from fedmoe_jax.training import metrics
@@ -37,7 +36,7 @@ def train(
       config: a valid configuration.
       out: folder that is absent, empty, or with `resume` the run to continue.
       resume: continue the run in `out`; a finished one is left alone.
-      trace: folder for a JAX profile of the second block.
+      trace: folder for a JAX profile of the second block of rounds, which compiles nothing; of the first if it is the only one.
       callback: see `Callback`.
 
     Returns:
@@ -55,11 +54,11 @@ def train(
     metrics.write_text(out / "config.toml", to_toml(config))
     log = MetricsLog(out / "metrics.jsonl")
     with Checkpoints(out / "checkpoints") as checkpoints, Progress(config.rounds) as progress:
-        run = Run(setup, progress.note)
+        run = Run(setup, note=progress.note)
         if resume:
             run.restore(checkpoints)
             log.truncate(run.done)
-        for record in run.blocks(checkpoints, trace):
+        for (record,) in run.blocks(checkpoints, trace):
             log.append(record)
             progress.update(record)
             if callback is not None:
@@ -67,7 +66,7 @@ def train(
         save_weights(out / "weights.npz", run.state)
     records = metrics.read(log.path)
     summary = metrics.summarise(records, config.target, seed=config.seed)
-    draw_run(records, out / "plots", np.asarray(setup.aligner_scores(run.state)))
+    draw_run(records, out / "plots", setup.aligner_scores(run.state))
     metrics.write_json(out / "summary.json", summary)
     write_report(out)
     return summary
@@ -92,19 +91,28 @@ def claim(out: Path, config: Any, resume: bool) -> None:
 
 
 class Run:
-    """The state of a run and the compiled programs that advance and evaluate it."""
+    """The state of a run and the compiled programs that advance and evaluate it.
 
-    def __init__(self, setup: Setup, note: Callable[[str], Any] = print):
-        self.setup, self.note = setup, note
-        self.chunk = setup.chunk(memory_bytes())
-        self.evaluations = (global_evaluation(setup), client_evaluation(setup))
+    With setups that differ in their seed only, all of their runs in one vmapped program; `state` then leads with the run.
+    """
+
+    def __init__(self, *setups: Setup, note: Callable[[str], Any] = print):
+        self.setup, self.width, self.note = setups[0], len(setups), note
+        self.chunk = self.setup.chunk(memory_bytes() / self.width)
+        self.evaluations = (global_evaluation(self.setup), client_evaluation(self.setup))
         self._compile()
-        self.state = self.algorithm.init(jax.random.key(setup.config.seed), setup.population)
+        self.start(*setups)
+
+    def start(self, *setups: Setup) -> None:
+        """Goes back to round 0, with the weights and seeds of `setups`; what was compiled stays."""
+        states = [setup.algorithm(self.chunk).init(jax.random.key(setup.config.seed), setup.population) for setup in setups]
+        self.state = states[0] if self.width == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         self.done = 0
 
     def _compile(self) -> None:
         self.algorithm = self.setup.algorithm(self.chunk)
-        self.program = rounds(self.algorithm.step, min(self.setup.config.eval_every, self.setup.config.rounds))
+        step = self.algorithm.step if self.width == 1 else jax.vmap(self.algorithm.step, (0, None))
+        self.program = rounds(step, min(self.setup.config.eval_every, self.setup.config.rounds))
 
     def restore(self, checkpoints: Checkpoints) -> None:
         """Continues from the newest checkpoint, if there is one."""
@@ -113,24 +121,23 @@ class Run:
             self.chunk = extra["chunk"]
             self._compile()
 
-    def blocks(self, checkpoints: Checkpoints | None = None, trace: str | None = None) -> Iterator[Record]:
-        """Runs to the end, yielding each round's record; evaluates and saves at the blocks' ends."""
+    def blocks(self, checkpoints: Checkpoints | None = None, trace: str | None = None) -> Iterator[tuple[Record, ...]]:
+        """Runs to the end, yielding each round's record of every run; evaluates and saves at the blocks' ends."""
         config, number = self.setup.config, 0
         while self.done < config.rounds:
             stops = [self.done + every - self.done % every for every in (config.eval_every, config.checkpoint_every)]
-            count = min(*stops, config.rounds) - self.done
-            traced = jax.profiler.trace(trace) if trace is not None and number == 1 else contextlib.nullcontext()
-            with traced:
+            last = min(*stops, config.rounds)
+            traced = number == 1 or (number == 0 and last == config.rounds)
+            with jax.profiler.trace(trace) if trace is not None and traced else contextlib.nullcontext():
                 start = time.perf_counter()
-                infos = self._advance(count, first=number == 0)
-                seconds = time.perf_counter() - start
-            last = self.done + count
-            results: dict[str, Any] = {}
+                infos = self._advance(last - self.done, first=number == 0)
+                seconds = (time.perf_counter() - start) / (last - self.done)
+            results: list[dict[str, Any]] = [{}] * self.width
             if last % config.eval_every == 0 or last == config.rounds:
-                for evaluate in self.evaluations:
-                    results |= evaluate(self.state)
-            for row in range(count):
-                yield _record(self.done + row, infos, row, seconds / count, results if row == count - 1 else {})
+                results = [self._evaluate(run) for run in range(self.width)]
+            for row in range(last - self.done):
+                given = results if self.done + row + 1 == last else [{}] * self.width
+                yield tuple(self._record(self.done + row, infos, (row, run), seconds, given[run]) for run in range(self.width))
             self.done, number = last, number + 1
             if checkpoints is not None and (last % config.checkpoint_every == 0 or last == config.rounds):
                 checkpoints.save(last, self.state, {"chunk": self.chunk})
@@ -149,6 +156,18 @@ class Run:
                 self.note(f"out of device memory: training {self.chunk} clients at once from here on")
                 self._compile()
 
+    def _evaluate(self, run: int) -> dict[str, Any]:
+        state = self.state if self.width == 1 else jax.tree.map(lambda leaf: leaf[run], self.state)
+        return {name: value for evaluate in self.evaluations for name, value in evaluate(state).items()}
+
+    def _record(self, round: int, infos: Info, place: tuple[int, int], seconds: float, results: dict[str, Any]) -> Record:
+        """A round of one run; the runs of one program took `seconds` together."""
+        row = jax.tree.map(lambda leaf: leaf[place[: 1 if self.width == 1 else 2]], infos)
+        values = {name: getattr(row, name) for name in metrics.METRIC_FIELDS if hasattr(row, name)}
+        seconds = seconds / self.width
+        speed = dict(wall_seconds=seconds, clients_per_second=float(row.clients) / seconds, peak_memory_bytes=peak_memory_bytes())
+        return metrics.record(round, **values, **results, **speed)
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a JAX error says that the device's memory did not suffice."""
@@ -166,9 +185,3 @@ def peak_memory_bytes() -> int:
     used = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     unit = 1 if sys.platform == "darwin" else 1024
     return int(used or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-def _record(round: int, infos: Info, row: int, seconds: float, results: dict[str, Any]) -> Record:
-    values = {name: getattr(infos, name)[row] for name in metrics.METRIC_FIELDS if hasattr(infos, name) and name != "round"}
-    rate = float(infos.clients[row]) / seconds
-    return metrics.record(round, **values, **results, wall_seconds=seconds, clients_per_second=rate, peak_memory_bytes=peak_memory_bytes())
