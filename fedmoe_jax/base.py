@@ -205,7 +205,7 @@ class Aligner(NamedTuple):
 
     init(num_clients) -> state; align(key, state, cohort) -> (Alignment, state);
     learn(state, cohort, alignment, feedback) -> state. No client gets more than `max_slots` experts, nor tries more than
-    `probes` others.
+    `probes` others. `num_experts`, where given, must be that of the model.
     """
 
     init: Callable[[int], PyTree]
@@ -213,6 +213,7 @@ class Aligner(NamedTuple):
     learn: Callable[[PyTree, Cohort, Alignment, Feedback], PyTree]
     max_slots: int
     probes: int = 0
+    num_experts: int | None = None
 
 
 class Aggregator(NamedTuple):

@@ -47,6 +47,14 @@ class CompareOptions:
     """Runs of each aligner."""
 
 
+@dataclasses.dataclass(frozen=True)
+class EvalOptions:
+    """Global and per-client accuracy of a run's model."""
+
+    data: str = ""
+    """Other data, by default those of the run."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0 when done, 2 after a user's mistake, 1 after anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -65,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fedmoe {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; continue with --resume", file=sys.stderr)
+        print("interrupted" + ("; continue with --resume" if words[0] == "train" else ""), file=sys.stderr)
         return 1
     return 0
 
@@ -107,11 +115,11 @@ def _eval(words: list[str]) -> None:
     folder, rest = Path(words[0]), words[1:]
     if not (folder / "config.toml").is_file():
         raise UsageError(f"{folder} holds no run")
-    before = TrainConfig(**from_toml(folder / "config.toml"))
-    config, _ = parse(TrainConfig, rest, "fedmoe eval", default=before)
+    config = TrainConfig(**from_toml(folder / "config.toml"))
+    options, _ = parse(EvalOptions, rest, "fedmoe eval", default=EvalOptions(config.data))
     from fedmoe_jax.training.evaluate import evaluate_run
 
-    print(json.dumps(evaluate_run(folder, before, config)))
+    print(json.dumps(evaluate_run(folder, config, options.data)))
 
 
 def _report(words: list[str]) -> None:

@@ -13,8 +13,8 @@ from fedmoe_jax.base import NO_EXPERT, pytree
 class ExpertParam(nnx.Param):
     """A parameter whose leading axis is the expert. Marking weights with it federates any nnx model.
 
-    Clients hold a few entries of that axis, so a layer must take the number of experts from the weight itself. The
-    optional metadata `group` names the assignment that the parameter follows; by default all layers share one.
+    Clients hold a few entries of that axis, so a layer must take the number of experts from the weight itself. All layers
+    follow one assignment: expert e of every layer goes to the same clients.
     """
 
 

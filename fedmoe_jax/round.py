@@ -13,7 +13,7 @@ from fedmoe_jax import aggregation, sampling
 from fedmoe_jax.alignment import capacity
 from fedmoe_jax.base import NO_EXPERT, Aggregator, Aligner, Cohort, LossFn, Population, RoundCost, pytree, stage_key
 from fedmoe_jax.experts import combine, held_mask, num_experts, partition
-from fedmoe_jax.local.cohort import Trainer, router_rows
+from fedmoe_jax.local.cohort import Trainer, keep_routers, router_rows
 
 
 @pytree
@@ -93,7 +93,8 @@ def federated_moe(
       local_epochs, local_steps: exactly one of them: passes over a client's data, or optimizer steps.
       batch_size: examples in a local step.
       prox: weight of the FedProx term.
-      router: "shared", or "personal": router rows stay on the client, and the server keeps their average.
+      router: "shared", or "personal": router rows stay on the client. Those of the global model are the population's mean,
+        which the simulation keeps for evaluation and which no client sends.
       router_prior: multiple of a client's centred fitness added to its router logits during its own training.
       deadline: seconds that a client has; it limits slots, and clients too slow for the shared part are dropped.
       solo_examples: examples of the solo evaluation, 0 for none; `batch_size` if None.
@@ -103,7 +104,9 @@ def federated_moe(
     Raises:
       ValueError: naming the argument that cannot be.
     """
-    experts, parts = _checked(model, aligner, cohort_size, local_epochs, local_steps, batch_size, prox, router, deadline, chunk_size)
+    experts, parts = _checked(
+        model, aligner, cohort_size, local_epochs, local_steps, batch_size, prox, router, router_prior, deadline, solo_examples, chunk_size
+    )
     aggregator = aggregation.mean() if aggregator is None else aggregator
     trainer = Trainer(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, prox, router == "personal",
@@ -132,12 +135,15 @@ def federated_moe(
         cohort, admitted = admit(population, sampled, cost, aligner, deadline=deadline, examples=examples)
         alignment, aligned = aligner.align(stage_key(key, "align"), state.aligner, cohort)
         prior = jnp.where(alignment.held == NO_EXPERT, 0, router_prior * (alignment.fitness - alignment.fitness_mean[:, None]))
-        delta, personal, feedback, summary = trainer.train(stage_key(key, "local"), state, population, cohort, alignment, prior)
+        delta, routers, feedback, summary = trainer.train(stage_key(key, "local"), state, population, cohort, alignment, prior)
         tokens = combine(feedback.tokens.astype(jnp.float32), alignment.held, jnp.ones(alignment.held.shape), experts)
-        weights, optimizer = _serve(server_optimizer, state, delta, tokens, feedback.examples.sum())
+        (weights, shared), optimizer = _serve(server_optimizer, state, delta, tokens, feedback.examples.sum())
+        personal = None
+        if routers is not None:
+            personal, weights = keep_routers(state.personal, weights, routers, cohort, alignment.held)
         learnt = aligner.learn(aligned, cohort, alignment, feedback)
         last = jnp.where(tokens > 0, state.round, state.last_trained)
-        new = State(state.key, state.round + 1, weights[0], weights[1], personal, optimizer, learnt, state.tokens + tokens, last)
+        new = State(state.key, state.round + 1, weights, shared, personal, optimizer, learnt, state.tokens + tokens, last)
         return new, _info(new, cohort, alignment, population, cost, examples, admitted, tokens, summary)
 
     return Algorithm(init, step)
@@ -225,7 +231,9 @@ def _cv(values):
     return values.std() / jnp.maximum(values.mean(), 1e-9)
 
 
-def _checked(model, aligner, cohort_size, local_epochs, local_steps, batch_size, prox, router, deadline, chunk_size) -> Any:
+def _checked(
+    model, aligner, cohort_size, local_epochs, local_steps, batch_size, prox, router, router_prior, deadline, solo_examples, chunk_size
+) -> Any:
     counts = {"cohort_size": cohort_size, "batch_size": batch_size, "chunk_size": chunk_size}
     counts |= {"local_epochs": local_epochs, "local_steps": local_steps}
     for name, value in counts.items():
@@ -233,14 +241,17 @@ def _checked(model, aligner, cohort_size, local_epochs, local_steps, batch_size,
             raise ValueError(f"{name} is {value}, it must be at least 1")
     if (local_epochs is None) == (local_steps is None):
         raise ValueError("local_epochs and local_steps: give exactly one of them")
-    if not prox >= 0:
-        raise ValueError(f"prox is {prox}, it must be at least 0")
+    for name, value in {"prox": prox, "router_prior": router_prior, "solo_examples": solo_examples or 0}.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} is {value}, it must be at least 0")
     if deadline is not None and not deadline > 0:
         raise ValueError(f"deadline is {deadline}, it must be above 0 seconds")
     if router not in ("shared", "personal"):
         raise ValueError(f"router is {router!r}, it must be 'shared' or 'personal'")
     parts = partition(model)
     experts = num_experts(parts.experts)
+    if aligner.num_experts not in (None, experts):
+        raise ValueError(f"aligner is for {aligner.num_experts} experts, the model has {experts}")
     if aligner.max_slots > experts:
         raise ValueError(f"aligner gives up to {aligner.max_slots} experts, the model has {experts}")
     return experts, parts

@@ -62,8 +62,10 @@ def test_a_run_leaves_its_files(run):
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["4"]
     with np.load(run / "weights.npz") as file:
         assert file.files and all(np.isfinite(file[name]).all() for name in file.files)
-    plots = list((run / "plots").glob("*.png"))
-    assert plots and all(path.read_bytes().startswith(b"\x89PNG") for path in plots)
+    plots = sorted((run / "plots").glob("*.png"))
+    assert [path.stem for path in plots] == ["cost", "fitness", "learning", "load"] and all(
+        path.read_bytes().startswith(b"\x89PNG") for path in plots
+    )
     assert "<html" in (run / "report.html").read_text()
     assert not list(run.rglob("*.tmp"))
 
@@ -112,6 +114,14 @@ def test_an_existing_run_is_not_overwritten(run, capsys):
         (["--population", "many"], "population"),
         (["--data", "absent.npz"], "absent.npz"),
         (["--router", "statistics"], "router"),
+        (["--population", "5000"], "population"),
+        (["--split", "natural"], "natural"),
+        (["--model", "transformer"], "model"),
+        (["--model_options", "top_k=2"], "model_options"),
+        (["--model_options", "hidden=x"], "model_options"),
+        (["--aligner", "json:dumps"], "aligner"),
+        (["--profile", "json:loads"], "profile"),
+        (["--profile", "math:prod"], "profile"),
         (["--model_options", "colour=3"], "colour"),
         (["--init_from", "absent.npz"], "init_from"),
         (["absent.toml"], "absent.toml"),
@@ -170,6 +180,23 @@ def test_eval_on_other_data(run, capsys, tmp_path):
     assert "client_accuracy_mean" not in found
     np.savez(file, x=x[:, :4], y=y)
     refused(capsys, ["eval", run, "--data", file], "data", "shape")
+    np.savez(file, x=x, y=y + 1)
+    refused(capsys, ["eval", run, "--data", file], "data", "11 classes")
+    refused(capsys, ["eval", run, "--seed", 1], "seed")
+
+
+def test_eval_on_other_data_takes_all_of_it(run, capsys, tmp_path):
+    draw = np.random.default_rng(0)
+    x, y = draw.random((200, 8, 8, 1), np.float32), np.arange(200) % 10
+    np.savez(tmp_path / "all.npz", x=x, y=y)
+    np.savez(tmp_path / "test.npz", x=x[:20], y=y[:20], test_x=x, test_y=y)
+    one, other = (json.loads(printed(capsys, ["eval", run, "--data", tmp_path / name])) for name in ("all.npz", "test.npz"))
+    assert one["eval_accuracy"] == pytest.approx(other["eval_accuracy"]) and one["eval_loss"] == pytest.approx(other["eval_loss"])
+
+
+def test_out_must_be_a_place_to_write_to(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    refused(capsys, ["train", *TINY, "--out", tmp_path / "file" / "run"], "--out", "file")
 
 
 def test_report_writes_the_page_again(run, capsys):

@@ -64,7 +64,7 @@ def test_bytes_are_those_of_the_arrays():
     assert cost().expert_bytes == 4 * expert
     shared = FEATURES * HIDDEN + HIDDEN + HIDDEN + HIDDEN * CLASSES + CLASSES
     assert cost().shared_bytes == 4 * shared
-    assert cost(router_bytes=32).expert_bytes == 4 * expert - 32
+    assert cost(personal_router=True).expert_bytes == 4 * (expert - HIDDEN)
 
 
 def test_costs_do_not_depend_on_the_number_of_experts():
@@ -75,7 +75,7 @@ def test_optimizer_state_takes_memory_but_not_the_link():
     plain, adam = cost(), cost(optimizer=optax.adam(0.1))
     assert adam.expert_bytes == plain.expert_bytes and adam.shared_bytes == plain.shared_bytes
     np.testing.assert_allclose(adam.expert_memory - plain.expert_memory, 2 * plain.expert_bytes, rtol=0.01)
-    assert plain.expert_memory == 3 * plain.expert_bytes
+    assert plain.expert_memory > 3 * plain.expert_bytes + 4 * BATCH * (2 * EXPERT_HIDDEN + HIDDEN)  # weights, and what a batch leaves
 
 
 def test_activations_grow_with_the_batch_and_flops_of_an_example_do_not():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedmoe_jax import cli
 from fedmoe_jax.training import metrics, trainer
 from fedmoe_jax.training.config import TrainConfig
 
@@ -26,6 +27,14 @@ def test_own_model_is_accepted():
     exec(compile(BLOCKS[1], "README", "exec"), names)
     model = names["make"](input_shape=(8, 8, 1), num_classes=10, num_experts=4, top_k=1, seed=0, dtype=None)
     assert fm.partition(model).experts["moe"]["w_in"].shape[0] == 4
+
+
+def test_own_model_trains_by_name(tmp_path, monkeypatch):
+    (tmp_path / "mymodel.py").write_text(BLOCKS[1])
+    monkeypatch.chdir(tmp_path)
+    small = ["--population", "20", "--cohort", "5", "--experts", "4", "--rounds", "2", "--eval_every", "2"]
+    assert cli.main(["train", "--model", "mymodel:make", *small, "--out", "runs/mine"]) == 0
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
 
 
 def test_own_aligner_trains_to_the_end(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from jax.extend import core
 from fedmoe_jax import ClientProfile, Population, alignment, federated_moe, partition, rounds, sampling
 from fedmoe_jax.base import client_keys, stage_key
 from fedmoe_jax.local.cost import count_flops, round_cost
-from fedmoe_jax.local.primal import local_batch
+from fedmoe_jax.local.primal import local_batch, num_processed, num_steps
 from fedmoe_jax.models import create
 from fedmoe_jax.models.losses import cross_entropy
 
@@ -244,11 +244,31 @@ def test_personal_router_rows_change_for_present_clients_and_held_experts_only()
     assert 0 < changed.sum() <= 3 * 2 and changed.sum(1).max() <= 2
 
 
+def test_the_router_of_the_global_model_is_the_mean_of_the_personal_ones_and_does_not_travel():
+    data = population()
+    options = dict(cohort_size=5, server_optimizer=optax.adam(0.1))
+    state, info = run(algorithm(router="personal", **options), data, 3)
+    (rows,) = jax.tree.leaves(state.personal)
+    np.testing.assert_allclose(state.experts["moe"]["router"].get_value(), rows.mean(0), atol=1e-6)
+    assert float(jnp.abs(rows - rows.mean(0)).max()) > 1e-5
+    _, shared = run(algorithm(router="shared", **options), data, 3)
+    assert shared.bytes_up - info.bytes_up == info.load.sum() * 8 * 4
+
+
 def test_a_personal_router_must_fit_its_budget():
     needed = CLIENTS * EXPERTS * 8 * 4
     with pytest.raises(ValueError, match=f"router is 'personal', which takes {needed} bytes"):
         algorithm(router="personal", personal_budget_bytes=float(needed - 1)).init(KEY, population())
     algorithm(router="personal", personal_budget_bytes=float(needed)).init(KEY, population())
+
+
+@pytest.mark.parametrize("local", [dict(local_epochs=3, local_steps=None), *(dict(local_epochs=None, local_steps=n) for n in (1, 2, 7))])
+def test_examples_processed_are_those_in_the_batches(local):
+    data = population()
+    for client, size in enumerate(SIZES):
+        steps = num_steps(jnp.int32(size), batch_size=BATCH, **local)
+        masks = [local_batch(KEY, data, jnp.int32(client), step, BATCH).mask.sum() for step in range(int(steps))]
+        assert num_processed(jnp.int32(size), batch_size=BATCH, **local) == sum(masks)
 
 
 def test_prox_keeps_clients_near_what_they_received():
@@ -297,7 +317,11 @@ def test_a_client_optimizer_may_depend_on_the_round():
         (dict(prox=float("nan")), "prox is nan"),
         (dict(deadline=0.0), "deadline is 0.0"),
         (dict(router="other"), "router is 'other', it must be 'shared' or 'personal'"),
-        (dict(aligner=alignment.full(num_experts=EXPERTS + 1)), "aligner gives up to 5 experts, the model has 4"),
+        (dict(router_prior=float("nan")), "router_prior is nan"),
+        (dict(solo_examples=-1), "solo_examples is -1"),
+        (dict(aligner=alignment.full(num_experts=EXPERTS + 1)), "aligner is for 5 experts, the model has 4"),
+        (dict(aligner=aligner(num_experts=EXPERTS - 1)), "aligner is for 3 experts, the model has 4"),
+        (dict(aligner=aligner()._replace(max_slots=5, num_experts=None)), "aligner gives up to 5 experts, the model has 4"),
     ],
 )
 def test_wrong_arguments_are_named(options, message):

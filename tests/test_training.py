@@ -192,6 +192,46 @@ def test_a_run_of_one_block_can_be_traced(tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def text(path):
+    """Three natural clients whose texts repeat a word of their own."""
+    words = np.array([[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 0, 0]], np.int32)
+    stream = np.concatenate([np.tile(word, (16, 3)) for word in words])
+    np.savez(path, x=stream[:, :8], y=stream[:, 1:9], client_ids=np.repeat(np.arange(3), 16))
+    return str(path)
+
+
+@pytest.mark.parametrize("model", ["resnet", "transformer"])
+def test_every_model_trains(model, tmp_path):
+    options = {"resnet": dict(widths=[8, 8]), "transformer": dict(layers=2, features=16, heads=2, expert_hidden=16, token_capacity=2.0)}
+    small = dict(model=model, model_options=options[model], experts=4, cohort=3, rounds=4, eval_every=4, shared_experts=1, top_k=2)
+    if model == "transformer":
+        small |= dict(data=text(tmp_path / "text.npz"), split="natural", client_lr=0.5)
+    run = trainer.Run(setup.build(TrainConfig(**small)))
+    records = [record for (record,) in run.blocks()]
+    assert run.setup.population.num_clients == (3 if model == "transformer" else 100)
+    assert all(math.isfinite(line["train_loss"]) and line["rejected_updates"] == 0 for line in records)
+    assert math.isfinite(records[-1]["eval_loss"]) and records[-1]["client_accuracy_mean"] is not None
+    if model == "transformer":
+        assert records[-1]["train_loss"] < 0.8 * records[0]["train_loss"]
+
+
+def test_a_model_that_does_not_fit_the_data_is_refused(tmp_path):
+    file = text(tmp_path / "text.npz")
+    with pytest.raises(ValueError, match="model: mlp does not fit data"):
+        trainer.train(TrainConfig(data=file, split="natural", cohort=3), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"cohort: must be at most the number of clients \(3\), got 4"):
+        setup.build(TrainConfig(data=file, split="natural", cohort=4, model="transformer"))
+    with pytest.raises(ValueError, match="eval_every: must be at least 1"):
+        trainer.train(dataclasses.replace(CONFIG, eval_every=0), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_seeds_share_the_test_set():
+    tests = [setup.build(dataclasses.replace(CONFIG, seed=seed)).test for seed in (0, 1)]
+    for ours, theirs in zip(*tests, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_the_experts_do_the_work():
     run = trainer.Run(setup.build(TrainConfig(rounds=60, eval_every=60)))
     accuracy = list(run.blocks())[-1][0]["eval_accuracy"]

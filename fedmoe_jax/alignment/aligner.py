@@ -141,7 +141,7 @@ def _aligner(choose: Choose, num_experts: int, max_slots: int, fitness: Any, loa
             state.prices,
         )
 
-    return Aligner(init, align, learn, max_slots, probes)
+    return Aligner(init, align, learn, max_slots, probes, num_experts)
 
 
 def _probes(key: Key[Array, " client"], mask: Bool[Array, "client expert"], probes: int) -> Int[Array, "client probe"]:

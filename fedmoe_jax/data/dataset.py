@@ -24,6 +24,7 @@ class Dataset:
       num_classes: classes, or distinct tokens.
       name: what it was loaded from.
       task: "classification" or "next_token".
+      held_out: whether the test set was drawn from the examples, for want of one of their own.
     """
 
     x: np.ndarray
@@ -34,6 +35,7 @@ class Dataset:
     num_classes: int
     name: str
     task: Literal["classification", "next_token"]
+    held_out: bool = False
 
 
 def from_arrays(arrays: Mapping[str, Any], name: str, *, seed: int = 0, test_fraction: float = 0.2) -> Dataset:
@@ -133,7 +135,7 @@ def _from_arrays(arrays, name, seed, test_fraction):
         x, y, test_x, test_y = x[train], y[train], x[test], y[test]
         ids = None if ids is None else ids[train]
     num_classes = _num_classes(given, [y, test_y] + ([x, test_x] if task == "next_token" else []))
-    return Dataset(x, y, test_x, test_y, ids, num_classes, name, task)
+    return Dataset(x, y, test_x, test_y, ids, num_classes, name, task, held_out="test_x" not in given)
 
 
 def _task(given):

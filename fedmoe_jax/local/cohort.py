@@ -1,5 +1,6 @@
 """Local training of a whole cohort: clients vmapped, in chunks that fit into memory, summed as they come."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import optax
 from flax import nnx
 
 from fedmoe_jax.base import NO_EXPERT, Aggregator, Alignment, ClientUpdate, Cohort, Feedback, LossFn, Population, RoundCost, client_keys
-from fedmoe_jax.experts import Partition, RouterParam, gather
+from fedmoe_jax.experts import Partition, RouterParam, combine, gather
 from fedmoe_jax.local import primal
 from fedmoe_jax.local.cost import round_cost, tree_bytes
 
@@ -37,7 +38,7 @@ class Trainer(NamedTuple):
     def cost(self, population: Population, round: Any) -> RoundCost:
         """What a round costs a client, from the traced model."""
         batch = jax.eval_shape(lambda: population.batch(jnp.int32(0), jnp.arange(self.batch_size)))
-        return round_cost(self.parts, self.loss_fn, self.optimizer(round), batch)
+        return round_cost(self.parts, self.loss_fn, self.optimizer(round), batch, personal_router=self.personal)
 
     def examples(self, owned: Any) -> Any:
         """Examples that a client with `owned` examples processes in a round."""
@@ -47,7 +48,8 @@ class Trainer(NamedTuple):
         """Trains the cohort.
 
         Returns:
-          (expert deltas, shared deltas), personal router rows, Feedback, (mean training loss, rejected updates).
+          (expert deltas, shared deltas), what each client added to its own router rows [client, slot, ...] (None when they are
+          shared), Feedback, (mean training loss, rejected updates).
         """
         size = cohort.client.shape[0]
         chunks = -(-size // self.chunk_size)
@@ -61,21 +63,22 @@ class Trainer(NamedTuple):
         total = self.aggregator.init(state.experts, state.shared)
         total, out = jax.lax.scan(train_chunk, total, rows)
         feedback, routers, loss, rejected = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][jnp.argsort(order)], out)
-        personal = state.personal
-        if personal is not None:
-            personal = _store(personal, routers, cohort, alignment.held)
         feedback = Feedback(*feedback)
         examples = feedback.examples
         train_loss = (loss * examples).sum() / jnp.maximum(examples.sum(), 1)
-        return self.aggregator.finish(total), personal, feedback, (train_loss, rejected.sum())
+        return self.aggregator.finish(total), routers, feedback, (train_loss, rejected.sum())
 
     def _chunk_function(self, state, population) -> Callable[[Any, Any], Any]:
         client = jax.vmap(lambda *row: self._client(state, population, *row))
 
         def train_chunk(total, rows):
             update, feedback, loss, rejected = client(*rows)
-            routers = nnx.split_state(update[1], RouterParam, ...)[0] if self.personal else None
-            return self.aggregator.add(total, ClientUpdate(*update)), (feedback, routers, loss, rejected)
+            update, routers = ClientUpdate(*update), None
+            if self.personal:  # router rows stay where they are
+                routers, experts = nnx.split_state(update.experts, RouterParam, ...)
+                nothing = jax.tree.map(jnp.zeros_like, routers)
+                update = dataclasses.replace(update, experts=nnx.merge_state(nothing, experts))
+            return self.aggregator.add(total, update), (feedback, routers, loss, rejected)
 
         return train_chunk
 
@@ -129,11 +132,15 @@ def _own_routers(candidates, personal, client, expert):
     return nnx.merge_state(own, weights)
 
 
-def _store(personal, deltas, cohort, held):
-    """Adds what each present client learnt to its own router rows."""
-    experts = jax.tree.leaves(personal)[0].shape[1]
-    slot = jnp.where(cohort.present[:, None] & (held != NO_EXPERT), held, experts)
-    return jax.tree.map(lambda rows, delta: rows.at[cohort.client[:, None], slot].add(delta, mode="drop"), personal, deltas)
+def keep_routers(personal: Any, experts: Any, deltas: Any, cohort: Cohort, held: Any) -> tuple[Any, Any]:
+    """Adds what each present client learnt to its own router rows, and to the model's so that they stay the population's mean."""
+    num_clients, num_experts = jax.tree.leaves(personal)[0].shape[:2]
+    slot = jnp.where(cohort.present[:, None] & (held != NO_EXPERT), held, num_experts)
+    personal = jax.tree.map(lambda rows, delta: rows.at[cohort.client[:, None], slot].add(delta, mode="drop"), personal, deltas)
+    rows, others = nnx.split_state(experts, RouterParam, ...)
+    share = jnp.where(slot < num_experts, 1 / num_clients, 0.0)
+    rows = jax.tree.map(jnp.add, rows, combine(deltas, held, share, num_experts))
+    return personal, nnx.merge_state(rows, others)
 
 
 def _chunked(rows, chunks, size):

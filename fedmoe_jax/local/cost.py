@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.extend import core
 
 from fedmoe_jax.base import Batch, LossFn, RoundCost
-from fedmoe_jax.experts import Partition
+from fedmoe_jax.experts import Partition, RouterParam
 from fedmoe_jax.local.primal import objective
 
 
@@ -54,17 +55,17 @@ def tree_bytes(tree: Any) -> int:
 
 
 def round_cost(
-    parts: Partition, loss_fn: LossFn, optimizer: optax.GradientTransformation, batch: Batch, *, router_bytes: int = 0
+    parts: Partition, loss_fn: LossFn, optimizer: optax.GradientTransformation, batch: Batch, *, personal_router: bool = False
 ) -> RoundCost:
     """The cost of a client's round from the actual model: the program is traced with one and with two experts.
 
     Args:
       batch: one batch's shapes (arrays or `jax.ShapeDtypeStruct`).
-      router_bytes: part of an expert's bytes that does not travel.
+      personal_router: whether router rows stay on the client and do not travel.
 
     Returns:
-      Per-expert FLOPs are the difference between two held experts and one; memory is weights, gradients, deltas and
-      optimizer state, plus one activation's worth of bytes for each FLOP-free output of the forward pass.
+      What an expert costs is the difference between two held experts and one, or three and two. Memory is weights, gradients, deltas and
+      optimizer state, plus every intermediate of the forward pass on one batch.
     """
     one = jax.eval_shape(lambda tree: jax.tree.map(lambda weight: weight[:1], tree), parts.experts)
 
@@ -73,17 +74,23 @@ def round_cost(
         args = (experts, parts.shared, batch, jnp.ones(slots, bool), jnp.zeros(slots), jax.random.key(0))
         return count_flops(jax.grad(lambda *a: objective(parts, loss_fn, *a)[0], (0, 1)), *args) / batch.mask.shape[0]
 
+    def activations(slots):
+        experts = jax.tree.map(lambda w: jax.ShapeDtypeStruct((slots, *w.shape[1:]), w.dtype), parts.experts)
+        args = (experts, parts.shared, batch, jnp.ones(slots, bool), jnp.zeros(slots), jax.random.key(0))
+        return _intermediate_bytes(jax.make_jaxpr(lambda *a: objective(parts, loss_fn, *a)[0])(*args).jaxpr)
+
     single, pair = flops(1), flops(2)
+    kept = max(activations(3) - activations(2), 0)  # the program of a single expert is another, without a batch of experts
+    router_bytes = tree_bytes(nnx.split_state(one, RouterParam, ...)[0]) if personal_router else 0
     expert_bytes, shared_bytes = tree_bytes(one), tree_bytes(parts.shared)
     copies = 3.0 + tree_bytes(jax.eval_shape(optimizer.init, one)) / expert_bytes
-    activations = _activation_bytes(parts, loss_fn, batch, one)
-    numbers = (shared_bytes, expert_bytes - router_bytes, copies * shared_bytes + activations, copies * expert_bytes)
-    return RoundCost(*(jnp.float32(number) for number in (*numbers, 2 * single - pair, pair - single)))
+    memory = copies * shared_bytes + max(activations(2) - 2 * kept, 0), copies * expert_bytes + kept
+    numbers = (shared_bytes, expert_bytes - router_bytes, *memory, 2 * single - pair, pair - single)
+    return RoundCost(*(jnp.float32(number) for number in numbers))
 
 
-def _activation_bytes(parts: Partition, loss_fn: LossFn, batch: Batch, one: Any) -> int:
-    """Bytes of every intermediate of the forward pass with one expert: an upper bound of what its gradient keeps."""
-    args = (one, parts.shared, batch, jnp.ones(1, bool), jnp.zeros(1), jax.random.key(0))
-    jaxpr = jax.make_jaxpr(lambda *a: objective(parts, loss_fn, *a)[0])(*args).jaxpr
-    sizes = (math.prod(v.aval.shape) * v.aval.dtype.itemsize for e in jaxpr.eqns for v in e.outvars if hasattr(v.aval, "dtype"))
-    return sum(sizes)
+def _intermediate_bytes(jaxpr: Any) -> int:
+    """Bytes of every value that a program computes, calls and one pass of each loop included."""
+    inner = sum(_intermediate_bytes(getattr(p, "jaxpr", p)) for equation in jaxpr.eqns for p in _subprograms(equation.params))
+    values = (v.aval for equation in jaxpr.eqns if not _subprograms(equation.params) for v in equation.outvars)
+    return inner + sum(math.prod(v.shape) * v.dtype.itemsize for v in values if hasattr(v, "dtype") and hasattr(v.dtype, "itemsize"))

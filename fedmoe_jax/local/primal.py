@@ -45,7 +45,10 @@ def num_steps(num_examples: Int[Array, ""], *, batch_size: int, local_epochs: in
 
 def num_processed(num_examples: Any, *, batch_size: int, local_epochs: int | None, local_steps: int | None) -> Any:
     """Examples that a client with `num_examples` processes in a round, each as often as it is in a batch."""
-    return num_examples * local_epochs if local_steps is None else jnp.minimum(num_examples, batch_size) * local_steps
+    if local_steps is None:
+        return num_examples * local_epochs
+    epochs, steps = jnp.divmod(local_steps, jnp.maximum(-(-num_examples // batch_size), 1))
+    return epochs * num_examples + jnp.minimum(steps * batch_size, num_examples)
 
 
 def local_batch(key: Key[Array, ""], population: Population, client: Int[Array, ""], step: Int[Array, ""] | int, batch_size: int) -> Batch:

@@ -49,13 +49,18 @@ def create(
     if name not in _MODELS:
         raise ValueError(f"model is {name!r}, must be one of {', '.join(_MODELS)}, or package.module:name")
     make = _MODELS[name]
+    if taken := sorted(set(options) & {"self", "rngs", "vocabulary"}):
+        raise ValueError(f"model {name!r} has no option {', '.join(taken)}: it follows from the other arguments")
     known = {parameter for cls in (make, MoE) for parameter in inspect.signature(cls.__init__).parameters}
     if unknown := sorted(set(options) - known):
         raise ValueError(f"model {name!r} has no option {', '.join(unknown)}")
     shape: dict[str, Any] = (
         dict(vocabulary=num_classes) if name == "transformer" else dict(input_shape=input_shape, num_classes=num_classes)
     )
-    return make(**shape, **common, **options, rngs=nnx.Rngs(seed))
+    try:
+        return make(**shape, **common, **options, rngs=nnx.Rngs(seed))
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"model_options: {options} make no {name} ({error})") from error
 
 
 def _foreign(name, arguments):

@@ -71,7 +71,7 @@ def side_by_side(setups: Sequence[Setup], memory_bytes: float) -> bool:
     weights only. On a CPU they are not, since there it is slower (benchmarks/results/seeds.jsonl).
     """
     first, width = setups[0], len(setups)
-    fits = first.chunk(memory_bytes / width) in (first.config.cohort, first.config.chunk)
+    fits = first.fitting(memory_bytes / width) >= min(first.config.chunk or first.config.cohort, first.config.cohort)
     return width > 1 and jax.default_backend() != "cpu" and fits and one_program(setups)
 
 

@@ -12,6 +12,7 @@ from fedmoe_jax.training.fields import Options, UsageError, to_toml
 
 __all__ = ["TrainConfig", "UsageError", "from_toml", "parse", "to_toml", "validate"]
 
+DEFAULT_POPULATION = 100
 SPLITS = ("iid", "dirichlet", "classes", "natural")
 MODELS = ("mlp", "resnet", "transformer")
 ALIGNERS = ("random", "greedy", "load_only", "balanced", "full")
@@ -36,8 +37,8 @@ class TrainConfig:
     """Concentration of the dirichlet split; small is uneven."""
     classes_per_client: int = 2
     """Classes that a client has with the classes split."""
-    population: int = 100
-    """Number of all clients."""
+    population: int | None = None
+    """Number of all clients; 100 if not given, or every natural client."""
     cohort: int = 20
     """Clients sampled each round."""
     model: str = "mlp"
@@ -165,9 +166,16 @@ def _number(config, name, value):
     if name in _MOST and value > _MOST[name]:
         return f"must be at most {_MOST[name]}, got {value}"
     other = _MOST_FIELD.get(name)
-    if other is not None and value > getattr(config, other, math.inf):
-        return f"must be at most {other} ({getattr(config, other)}), got {value}"
+    most = num_clients(config) if other == "population" else getattr(config, other or "", None)
+    if most is not None and value > most:
+        return f"must be at most {other} ({most}), got {value}"
     return None
+
+
+def num_clients(config: Any) -> int | None:
+    """How many clients the population is to have; None for all natural ones."""
+    given = getattr(config, "population", None)
+    return DEFAULT_POPULATION if given is None and getattr(config, "split", None) != "natural" else given
 
 
 def _text(name, value):

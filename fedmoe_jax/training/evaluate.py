@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from fedmoe_jax.base import NO_EXPERT, Batch, stage_key
+from fedmoe_jax.data import sources
 from fedmoe_jax.experts import RouterParam, Slots, bind, gather, num_experts
 from fedmoe_jax.round import State
 from fedmoe_jax.sampling import cohort as sample
@@ -28,11 +29,9 @@ _CHUNK = 50
 def global_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
     """evaluate(state) -> eval_loss and eval_accuracy: all experts, shared router, no prior, the global test set."""
     parts, experts = setup.parts, num_experts(setup.parts.experts)
-    x, y = setup.test
-    size = min(_BATCH, x.shape[0])
-    index = jnp.arange(-(-x.shape[0] // size) * size).reshape(-1, size)
+    size = min(_BATCH, len(setup.test[0]))
 
-    def one(weights, rows, key):
+    def one(weights, x, y, rows, key):
         mask = rows < x.shape[0]
         rows = jnp.minimum(rows, x.shape[0] - 1)
         model = bind(parts, *weights, Slots(jnp.ones(experts, bool), jnp.zeros(experts), mask))
@@ -41,25 +40,27 @@ def global_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
         return jnp.where(mask, loss, 0).sum(), jnp.where(mask, correct, 0).sum()
 
     @jax.jit
-    def evaluate(weights, key):
-        return jax.tree.map(lambda sums: sums.sum() / x.shape[0], jax.lax.map(lambda rows: one(weights, rows, key), index))
+    def evaluate(weights, x, y, key):
+        index = jnp.arange(-(-x.shape[0] // size) * size).reshape(-1, size)
+        sums = jax.lax.map(lambda rows: one(weights, x, y, rows, key), index)
+        return jax.tree.map(lambda values: values.sum() / x.shape[0], sums)
 
     def run(state: State) -> dict[str, Any]:
-        loss, correct = evaluate((state.experts, state.shared), state.key)
+        loss, correct = evaluate((state.experts, state.shared), *setup.test, state.key)
         return {"eval_loss": float(loss), "eval_accuracy": float(correct)}
 
     return run
 
 
-def client_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
-    """evaluate(state) -> client_accuracy_mean and client_accuracy_p10 over clients that have test examples."""
-    population, holdout = setup.population, setup.holdout
+def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], dict[str, Any]]:
+    """evaluate(state) -> client_accuracy_mean and client_accuracy_p10 over clients that have test examples, `chunk` at once."""
+    population = setup.population
     everyone = jnp.arange(population.num_clients)
     if population.num_clients > MAX_CLIENTS:
         everyone = sample(jax.random.key(setup.config.seed), population.num_clients, MAX_CLIENTS)
     cohort = setup.admit(everyone)
 
-    def accuracy(state, client, held, prior):
+    def accuracy(state, holdout, client, held, prior):
         experts = gather(state.experts, held)
         if state.personal is not None:
             own = jax.tree.map(lambda rows: rows[client, jnp.maximum(held, 0)], state.personal)
@@ -76,15 +77,16 @@ def client_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
         return jnp.where(count > 0, right / jnp.maximum(count, 1), jnp.nan)
 
     @jax.jit
-    def evaluate(state):
+    def evaluate(state, holdout, cohort):
         key = stage_key(jax.random.fold_in(state.key, state.round), "evaluate")
         alignment, _ = setup.aligner.align(key, state.aligner, cohort)
         centred = alignment.fitness - alignment.fitness_mean[:, None]
         prior = jnp.where(alignment.held == NO_EXPERT, 0, setup.config.router_prior * centred)
-        return jax.lax.map(lambda row: accuracy(state, *row), (everyone, alignment.held, prior), batch_size=min(_CHUNK, everyone.shape[0]))
+        rows = (cohort.client, alignment.held, prior)
+        return jax.lax.map(lambda row: accuracy(state, holdout, *row), rows, batch_size=min(chunk, _CHUNK, cohort.client.shape[0]))
 
     def run(state: State) -> dict[str, Any]:
-        each = np.asarray(evaluate(state))
+        each = np.asarray(evaluate(state, setup.holdout, cohort))
         each = each[np.isfinite(each)]
         if not each.size:
             return {}
@@ -93,25 +95,34 @@ def client_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
     return run
 
 
-def evaluate_run(folder: Path, before: TrainConfig, config: TrainConfig) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of a run; on its own data also with its clients and aligner.
+def evaluate_run(folder: Path, config: TrainConfig, data: str) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of a run.
 
     Args:
       folder: the run.
-      before: its configuration.
-      config: the same, possibly with other data.
+      config: its configuration.
+      data: as `config.data`, then also with its clients and aligner; or other data for the same model: its test set, or all
+        of it where it has none.
 
     Raises:
-      ValueError: if there is no checkpoint, or the model does not fit the data.
+      ValueError: if there is no checkpoint, or the data do not fit the model.
     """
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        setup = build(before)
-        template = setup.algorithm(1).init(jax.random.key(before.seed), setup.population)
+        setup = build(config)
+        template = setup.algorithm(1).init(jax.random.key(config.seed), setup.population)
         done, state, _ = checkpoints.restore(template)
-    results = {"round": done, "data": config.data}
-    if config != before:
-        other = build(config)
-        if other.test[0].shape[1:] != setup.test[0].shape[1:]:
-            raise ValueError(f"data: examples of {config.data} have another shape than those of the run")
-        return results | global_evaluation(dataclasses.replace(setup, test=other.test))(state)
-    return results | global_evaluation(setup)(state) | client_evaluation(setup)(state)
+    results = {"round": done, "data": data}
+    if data == config.data:
+        return results | global_evaluation(setup)(state) | client_evaluation(setup)(state)
+    return results | global_evaluation(dataclasses.replace(setup, test=_other_test(setup, data)))(state)
+
+
+def _other_test(setup: Setup, name: str) -> tuple[jax.Array, jax.Array]:
+    other, (x, y) = sources.load(name), setup.test
+    if other.x.shape[1:] != x.shape[1:] or other.test_y.ndim != y.ndim:
+        raise ValueError(f"data: examples of {name} have shape {other.x.shape[1:]}, those of the run {x.shape[1:]}")
+    if other.num_classes > setup.num_classes:
+        raise ValueError(f"data: {name} has {other.num_classes} classes, the model {setup.num_classes}")
+    if not other.held_out:
+        return jnp.asarray(other.test_x), jnp.asarray(other.test_y)
+    return jnp.concatenate([other.x, other.test_x]), jnp.concatenate([other.y, other.test_y])

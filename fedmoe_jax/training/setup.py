@@ -14,7 +14,7 @@ from flax import nnx
 
 from fedmoe_jax import alignment, models
 from fedmoe_jax.alignment import capacity, fitness, load
-from fedmoe_jax.base import Aligner, Cohort, Fitness
+from fedmoe_jax.base import Aligner, ClientProfile, Cohort, Fitness
 from fedmoe_jax.data import partition as splits
 from fedmoe_jax.data import sources
 from fedmoe_jax.data.population import Population
@@ -23,7 +23,7 @@ from fedmoe_jax.local.cost import round_cost
 from fedmoe_jax.local.plan import chunk_size
 from fedmoe_jax.local.primal import num_processed
 from fedmoe_jax.round import Algorithm, State, admit, federated_moe
-from fedmoe_jax.training.config import TrainConfig
+from fedmoe_jax.training.config import MODELS, TrainConfig, num_clients
 from fedmoe_jax.training.metrics import write_bytes
 
 LOCAL_TEST_FRACTION = 0.2
@@ -67,7 +67,8 @@ class Setup:
     def cost(self) -> Any:
         """What one round costs one client."""
         batch = jax.eval_shape(lambda: self.population.batch(jnp.int32(0), jnp.arange(self.config.batch_size)))
-        return round_cost(self.parts, self.loss_fn, client_optimizer(self.config)(jnp.int32(0)), batch)
+        optimizer = client_optimizer(self.config)(jnp.int32(0))
+        return round_cost(self.parts, self.loss_fn, optimizer, batch, personal_router=self.config.router == "personal")
 
     def admit(self, client: jax.Array) -> Cohort:
         """These clients as a cohort, with the slots that a round would give them."""
@@ -80,8 +81,10 @@ class Setup:
 
     def chunk(self, memory_bytes: float) -> int:
         """The configured chunk, or the one that fits into `memory_bytes`."""
-        if self.config.chunk is not None:
-            return min(self.config.chunk, self.config.cohort)
+        return self.fitting(memory_bytes) if self.config.chunk is None else min(self.config.chunk, self.config.cohort)
+
+    def fitting(self, memory_bytes: float) -> int:
+        """Clients that train side by side in `memory_bytes`, at most the cohort."""
         sizes = dict(cohort_size=self.config.cohort, max_slots=self.aligner.max_slots, probes=self.aligner.probes)
         return chunk_size(self.cost(), **sizes, memory_bytes=memory_bytes)
 
@@ -94,15 +97,11 @@ def build(config: TrainConfig) -> Setup:
     """
     if config.router == "statistics":
         raise ValueError("router: 'statistics' is not available yet, use shared or personal")
-    seed = config.seed
-    dataset = sources.load(config.data, seed=seed)
-    clients = sources.split(
-        dataset, kind=config.split, num_clients=config.population, alpha=config.alpha,
-        classes_per_client=config.classes_per_client, seed=seed,
-    )  # fmt: skip
-    train, held_out = splits.holdout(clients, LOCAL_TEST_FRACTION, seed)
+    dataset = sources.load(config.data)  # a test set that must be drawn is the same for every seed
+    clients = _clients(config, dataset)
+    train, held_out = splits.holdout(clients, LOCAL_TEST_FRACTION, config.seed)
     x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
-    profile = _profile(config, seed)
+    profile = _profile(config, len(clients))
     population = Population.from_arrays(x, y, train, profile)
     holdout = Population.from_arrays(x, y, held_out, profile)
     test = (jnp.asarray(dataset.test_x), jnp.asarray(dataset.test_y))
@@ -114,20 +113,44 @@ def variant(setup: Setup, config: TrainConfig) -> Setup:
     return _assemble(config, setup.population, setup.holdout, setup.test, setup.num_classes)
 
 
+def _clients(config: TrainConfig, dataset: sources.Dataset) -> list[np.ndarray]:
+    """The examples of each client."""
+    try:
+        clients = sources.split(
+            dataset, kind=config.split, num_clients=num_clients(config), alpha=config.alpha, classes_per_client=config.classes_per_client,
+            seed=config.seed,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(str(error).replace("num_clients", "population")) from None
+    if config.cohort > len(clients):
+        raise ValueError(f"cohort: must be at most the number of clients ({len(clients)}), got {config.cohort}")
+    return clients
+
+
 def _assemble(config, population, holdout, test, num_classes):
     options: dict[str, Any] = dict(config.model_options)
-    if config.model in ("mlp", "resnet", "transformer"):
+    if taken := sorted(set(options) & {"input_shape", "num_classes", "num_experts", "top_k", "seed", "dtype"}):
+        raise ValueError(f"model_options: {', '.join(taken)} cannot be set there, it follows from the data or has a field of its own")
+    if config.model in MODELS:
         options = {"balance_weight": config.balance_weight, "shared_experts": config.shared_experts, **options}
+    elif config.shared_experts:
+        raise ValueError(f"shared_experts: {config.model} must make its own; leave it at 0, or pass it with model_options")
     model = models.create(
         config.model, input_shape=population.x.shape[1:], num_classes=num_classes, num_experts=config.experts,
         top_k=config.top_k, seed=config.seed, dtype=None if config.dtype == "float32" else jnp.bfloat16, **options,
     )  # fmt: skip
     if config.init_from is not None:
         load_weights(model, config.init_from)
-    return Setup(
+    setup = Setup(
         config, population, holdout, test, num_classes, model, partition(model), make_aligner(config),
         models.losses.cross_entropy, make_fitness(config),
     )  # fmt: skip
+    try:
+        setup.cost()  # traces the model on a batch
+    except Exception as error:  # whatever a model that does not fit raises
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"model: {config.model} does not fit data {config.data} ({reason})") from error
+    return setup
 
 
 def make_fitness(config: TrainConfig) -> Fitness:
@@ -146,21 +169,28 @@ def make_aligner(config: TrainConfig) -> Aligner:
     common: dict[str, Any] = dict(fitness=make_fitness(config), load=load.monitor(tolerance=config.tolerance))
     if config.aligner == "full":
         return alignment.full(num_experts=config.experts, **common)
-    make = foreign(config.aligner, "aligner") if ":" in config.aligner else getattr(alignment, config.aligner)
-    return make(num_experts=config.experts, max_slots=config.slots, **common)
+    common |= dict(num_experts=config.experts, max_slots=config.slots)
+    if ":" in config.aligner:
+        return foreign(config.aligner, "aligner", Aligner, **common)
+    return getattr(alignment, config.aligner)(**common)
 
 
-def foreign(name: str, field: str) -> Any:
-    """The object that package.module:name names.
+def foreign(name: str, field: str, kind: type, **arguments: Any) -> Any:
+    """What the callable package.module:name returns for the arguments, a `kind`.
 
     Raises:
-      ValueError: naming `field`, if there is no such module or object.
+      ValueError: naming `field`, if there is no such callable, or it does not take the arguments or return a `kind`.
     """
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        made = getattr(importlib.import_module(module), attribute)(**arguments)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{field}: {name!r} cannot be imported ({error})") from None
+    except TypeError as error:
+        raise ValueError(f"{field}: {name!r} must be a function that takes {', '.join(arguments)} by keyword ({error})") from None
+    if not isinstance(made, kind):
+        raise ValueError(f"{field}: {name!r} must return a {kind.__name__}, not {type(made).__name__}")
+    return made
 
 
 def optimizer(name: str, learning_rate: Any) -> optax.GradientTransformation:
@@ -183,12 +213,12 @@ def client_optimizer(config: TrainConfig) -> Callable[[Any], optax.GradientTrans
     return lambda round: optimizer(config.client_optimizer, rate(round) if callable(rate) else rate)
 
 
-def _profile(config: TrainConfig, seed: int) -> Any:
+def _profile(config: TrainConfig, num_clients: int) -> ClientProfile:
     if ":" in config.profile:
-        return foreign(config.profile, "profile")(config.population)
+        return foreign(config.profile, "profile", ClientProfile, num_clients=num_clients)
     if config.profile == "tiers":
-        return capacity.tiers(jax.random.key(seed), config.population)
-    return capacity.uniform(config.population)
+        return capacity.tiers(jax.random.key(config.seed), num_clients)
+    return capacity.uniform(num_clients)
 
 
 def save_weights(path: Path, state: State) -> None:

@@ -1,5 +1,6 @@
 """Metrics of a run as TensorBoard scalars: a callback for `trainer.train`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,10 @@ def scalars(folder: str) -> Callable[[Any, Record], None]:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise ValueError("tensorboard: install tensorboardX, pip install 'fedmoe-jax[tensorboard]'") from None
-    writer = SummaryWriter(folder)
+    make = functools.cache(lambda: SummaryWriter(folder))  # at the first round, so that a mistake leaves no folder
 
     def callback(state: Any, record: Record) -> None:
+        writer = make()
         for name in METRIC_FIELDS:
             if name != "round" and isinstance(record[name], int | float):
                 writer.add_scalar(name, record[name], record["round"])

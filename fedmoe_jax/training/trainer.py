@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from fedmoe_jax.round import Info, State, rounds
 from fedmoe_jax.training import metrics
 from fedmoe_jax.training.checkpoint import Checkpoints
-from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, to_toml
+from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, to_toml, validate
 from fedmoe_jax.training.evaluate import client_evaluation, global_evaluation
 from fedmoe_jax.training.metrics import MetricsLog, Record
 from fedmoe_jax.training.plots import draw_run
@@ -24,7 +24,10 @@ from fedmoe_jax.training.report import write_report
 from fedmoe_jax.training.setup import Setup, build, save_weights
 
 Callback = Callable[[State, Record], Any]
-"""callback(state, record), called after each round's record is written; `state` is that at the end of its block."""
+"""callback(state, record), called after each round's record is written.
+
+`state` is that at the end of the block of rounds between evaluations, and the next block takes its buffers: copy what is to stay.
+"""
 
 
 def train(
@@ -46,15 +49,16 @@ def train(
       UsageError: if `out` cannot be used.
       ValueError: naming the field that cannot be.
     """
+    validate(config)
     out = Path(out)
     claim(out, config, resume)
     if resume and (out / "summary.json").exists():
         return metrics.read_json(out / "summary.json")
     setup = build(config)
-    metrics.write_text(out / "config.toml", to_toml(config))
     log = MetricsLog(out / "metrics.jsonl")
     with Checkpoints(out / "checkpoints") as checkpoints, Progress(config.rounds) as progress:
         run = Run(setup, note=progress.note)
+        metrics.write_text(out / "config.toml", to_toml(config))
         if resume:
             run.restore(checkpoints)
             log.truncate(run.done)
@@ -79,6 +83,9 @@ def claim(out: Path, config: Any, resume: bool) -> None:
       UsageError: naming --out or --resume.
     """
     if not resume:
+        above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        if above != out and not (above.is_dir() and os.access(above, os.W_OK)):
+            raise UsageError(f"--out {out} cannot be written: {above} is no folder to write to")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(f"--out {out} is not empty: choose a new folder, or continue its run with --resume")
         return
@@ -99,7 +106,6 @@ class Run:
     def __init__(self, *setups: Setup, note: Callable[[str], Any] = print):
         self.setup, self.width, self.note = setups[0], len(setups), note
         self.chunk = self.setup.chunk(memory_bytes() / self.width)
-        self.evaluations = (global_evaluation(self.setup), client_evaluation(self.setup))
         self._compile()
         self.start(*setups)
 
@@ -111,6 +117,7 @@ class Run:
 
     def _compile(self) -> None:
         self.algorithm = self.setup.algorithm(self.chunk)
+        self.evaluations = (global_evaluation(self.setup), client_evaluation(self.setup, self.chunk))
         step = self.algorithm.step if self.width == 1 else jax.vmap(self.algorithm.step, (0, None))
         self.program = rounds(step, min(self.setup.config.eval_every, self.setup.config.rounds))
 
@@ -145,8 +152,8 @@ class Run:
     def _advance(self, count: int, *, first: bool) -> Info:
         """One block. If the first does not fit into the device's memory it is tried again with half the chunk."""
         while True:
-            state = jax.tree.map(jnp.copy, self.state) if first else self.state
             try:
+                state = jax.tree.map(jnp.copy, self.state) if first else self.state
                 self.state, infos = jax.block_until_ready(self.program(state, self.setup.population, count))
                 return jax.device_get(infos)
             except jax.errors.JaxRuntimeError as error:
