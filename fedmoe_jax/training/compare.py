@@ -68,7 +68,7 @@ def side_by_side(setups: Sequence[Setup], memory_bytes: float) -> bool:
     """Whether the runs of several seeds are to be vmapped in one program rather than follow each other.
 
     They are where the device is an accelerator, all clients of all runs fit into its memory, and the seeds differ in
-    weights only. On a CPU they are not, since there it is slower (benchmarks/results/seeds.jsonl).
+    weights only. On a CPU they are not: it gains nothing there (benchmarks/seeds.py).
     """
     first, width = setups[0], len(setups)
     fits = first.fitting(memory_bytes / width) >= min(first.config.chunk or first.config.cohort, first.config.cohort)
