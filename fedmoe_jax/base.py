@@ -80,7 +80,8 @@ class RoundCost:
     """What one round costs a client: a part for the shared parameters and a part for each expert.
 
     Bytes are what one direction of the link carries; memory covers parameters, gradients, optimizer state and
-    activations; FLOPs are those of one example through forward and backward pass.
+    activations; FLOPs are those of one example through forward and backward pass, and for solo evaluation those of the
+    forward passes of a whole round, for each expert that is tried alone.
     """
 
     shared_bytes: Float[Array, ""]
@@ -89,6 +90,8 @@ class RoundCost:
     expert_memory: Float[Array, ""]
     shared_flops: Float[Array, ""]
     expert_flops: Float[Array, ""]
+    solo_shared_flops: Float[Array, ""]
+    solo_expert_flops: Float[Array, ""]
 
 
 @pytree

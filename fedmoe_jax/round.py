@@ -205,7 +205,7 @@ def _info(state, cohort, alignment, population, cost, examples, admitted, tokens
     load = held_mask(alignment.held, tokens.shape[0]).sum(0)
     present, slots, probes = cohort.present, held.sum(1), probed.sum(1)
     profile = jax.tree.map(lambda row: row[cohort.client], population.profile)
-    seconds = capacity.seconds(profile, cost, slots, examples=examples) + probes * cost.expert_bytes / profile.downlink_bytes_per_second
+    seconds = capacity.seconds(profile, cost, slots, examples=examples, probes=probes)
     train_loss, rejected = summary
     clients = present.sum()
     return Info(

@@ -15,7 +15,7 @@ from fedmoe_jax.base import ClientProfile, RoundCost
 CLIENTS, MAX_SLOTS = 5, 4
 amounts = st.lists(st.floats(1.0, 1e3, width=32), min_size=CLIENTS, max_size=CLIENTS)
 profiles = st.builds(lambda *columns: ClientProfile(*(jnp.array(c, jnp.float32) for c in columns)), *[amounts] * 4)
-costs = st.builds(lambda *numbers: RoundCost(*(jnp.float32(n) for n in numbers)), *[st.floats(0.0, 500.0, width=32) for _ in range(6)])
+costs = st.builds(lambda *numbers: RoundCost(*(jnp.float32(n) for n in numbers)), *[st.floats(0.0, 500.0, width=32) for _ in range(8)])
 
 
 def oracle_seconds(profile, cost, client, slots, examples, probes):
@@ -23,6 +23,8 @@ def oracle_seconds(profile, cost, client, slots, examples, probes):
     down = c.shared_bytes + (slots + (probes if slots else 0)) * c.expert_bytes
     up = c.shared_bytes + slots * c.expert_bytes
     flops = examples * (c.shared_flops + slots * c.expert_flops)
+    if slots:
+        flops += c.solo_shared_flops + (slots + probes) * c.solo_expert_flops
     return down / p.downlink_bytes_per_second[client] + flops / p.flops_per_second[client] + up / p.uplink_bytes_per_second[client]
 
 
@@ -50,7 +52,7 @@ def test_seconds_match_the_oracle(profile, cost, count):
 
 
 def test_no_limit_gives_all_slots_and_no_memory_none():
-    cost = RoundCost(*(jnp.float32(1e6) for _ in range(6)))
+    cost = RoundCost(*(jnp.float32(1e6) for _ in range(8)))
     profile = capacity.uniform(3)
     for deadline in (None, float("inf"), jnp.float32(jnp.inf)):
         assert (capacity.slots(profile, cost, deadline=deadline, max_slots=4) == 4).all()
@@ -62,7 +64,7 @@ def test_no_limit_gives_all_slots_and_no_memory_none():
 
 
 def test_slots_work_under_jit_with_a_traced_deadline():
-    cost = RoundCost(*(jnp.float32(1e6) for _ in range(6)))
+    cost = RoundCost(*(jnp.float32(1e6) for _ in range(8)))
     profile = capacity.tiers(jax.random.key(0), 50)
     solve = jax.jit(lambda deadline: capacity.slots(profile, cost, deadline=deadline, max_slots=8))
     few, many = solve(5.0), solve(20.0)
@@ -77,7 +79,7 @@ def test_tiers_have_all_three_kinds_in_equal_shares():
 
 
 def test_bad_arguments_are_refused():
-    cost = RoundCost(*(jnp.float32(1.0) for _ in range(6)))
+    cost = RoundCost(*(jnp.float32(1.0) for _ in range(8)))
     profile = capacity.uniform(2)
     with pytest.raises(ValueError, match="max_slots is 0"):
         capacity.slots(profile, cost, deadline=None, max_slots=0)

@@ -91,8 +91,18 @@ def test_flops_of_an_expert_are_those_of_its_products():
     assert cost().shared_flops > 0
 
 
+def test_solo_evaluation_costs_a_forward_pass_of_each_expert_and_one_of_the_shared_part():
+    solo = Batch(jnp.zeros((5, FEATURES)), jnp.zeros(5, jnp.int32), jnp.ones(5, bool))
+    with_it, without = cost(solo_batch=solo), cost()
+    assert without.solo_shared_flops == without.solo_expert_flops == 0
+    assert with_it.solo_shared_flops == 5 * 2 * FEATURES * HIDDEN  # what comes after the experts is done for each of them
+    router = 2 * HIDDEN
+    assert with_it.solo_expert_flops == pytest.approx(5 * (router + 2 * 2 * HIDDEN * EXPERT_HIDDEN + 2 * HIDDEN * CLASSES), rel=0.1)
+    assert with_it.expert_flops == without.expert_flops
+
+
 def chunk(cohort_size, memory_bytes, probes=0):
-    each = RoundCost(*(jnp.float32(n) for n in (0, 0, 100, 50, 0, 0)))
+    each = RoundCost(*(jnp.float32(n) for n in (0, 0, 100, 50, 0, 0, 0, 0)))
     return plan.chunk_size(each, cohort_size=cohort_size, max_slots=2, probes=probes, memory_bytes=memory_bytes)
 
 

@@ -1,4 +1,4 @@
-"""Models and their layers: against NumPy, through partition and bind, and trained as clients train them."""
+"""Models: through partition and bind, trained as clients train them, causal, and made by name."""
 
 import sys
 import types
@@ -13,8 +13,7 @@ from fedmoe_jax import experts, models
 from fedmoe_jax.base import Batch
 from fedmoe_jax.experts import Slots
 from fedmoe_jax.models.losses import cross_entropy
-from fedmoe_jax.nn.attention import Attention, rotate
-from fedmoe_jax.nn.linear import Conv, GroupNorm, RMSNorm, as_float
+from fedmoe_jax.nn.linear import as_float
 
 E, CLASSES, EXAMPLES, LENGTH = 6, 5, 4, 7
 SHAPES = {"mlp": (3, 4), "resnet": (8, 8, 2), "transformer": (LENGTH,)}
@@ -187,116 +186,6 @@ def test_transformer_has_names_for_pretrained_weights():
     assert shapes["layers.1.moe.router"] == (E, 8)
     assert shapes["layers.1.moe.w_gate"] == (E, 8, 8)
     assert not [name for name in shapes if "bias" in name or ".b_" in name]
-
-
-def softmax(values):
-    values = np.exp(values - values.max(-1, keepdims=True))
-    return values / values.sum(-1, keepdims=True)
-
-
-def attention_oracle(model, x, heads, kv_heads):
-    """One text, head by head, position by position, with rotation as multiplication of complex numbers."""
-    q, k, v, o = (np.asarray(getattr(model, name).kernel.get_value(), np.float64) for name in "qkvo")
-    size = q.shape[1] // heads
-
-    def normal(values, scale):
-        return values / np.sqrt((values**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(scale.get_value())
-
-    queries, keys, values = x @ q, x @ k, x @ v
-    if model.qk_norm == "projection":
-        queries, keys = normal(queries, model.q_norm.scale), normal(keys, model.k_norm.scale)
-    if model.qk_norm == "head":
-        queries, keys = (
-            normal(a.reshape(len(x), -1, size), norm.scale).reshape(len(x), -1)
-            for a, norm in ((queries, model.q_norm), (keys, model.k_norm))
-        )
-    out = np.zeros((len(x), heads * size))
-
-    def turned(values, position):
-        pair = values[: size // 2] + 1j * values[size // 2 :]
-        pair = pair * np.exp(1j * position * model.rope_base ** (-2 * np.arange(size // 2) / size))
-        return np.concatenate([pair.real, pair.imag])
-
-    for h in range(heads):
-        mine, theirs = slice(h * size, (h + 1) * size), slice(h // (heads // kv_heads) * size, (h // (heads // kv_heads) + 1) * size)
-        turned_keys = np.stack([turned(keys[t, theirs], t) for t in range(len(x))])
-        for t in range(len(x)):
-            weight = softmax(turned_keys[: t + 1] @ turned(queries[t, mine], t) / np.sqrt(size))
-            out[t, mine] = weight @ values[: t + 1, theirs]
-    return out @ o
-
-
-@pytest.mark.parametrize("qk_norm", [None, "head", "projection"])
-def test_attention_equals_oracle(qk_norm):
-    model = Attention(8, heads=4, kv_heads=2, rope_base=100.0, qk_norm=qk_norm, rngs=nnx.Rngs(0))
-    for norm in (model.q_norm, model.k_norm):
-        if norm is not None:
-            norm.scale.set_value(1 + jnp.arange(norm.scale.shape[0], dtype=jnp.float32))
-    x = np.random.default_rng(0).normal(size=(2, LENGTH, 8)).astype(np.float32)
-    y = nnx.jit(lambda model, x: model(x))(model, jnp.asarray(x))
-    for example in range(2):
-        np.testing.assert_allclose(y[example], attention_oracle(model, x[example], 4, 2), atol=1e-5)
-
-
-def test_grouped_heads_equal_repeated_ones():
-    grouped, full = (Attention(8, heads=4, kv_heads=n, rngs=nnx.Rngs(0)) for n in (2, 4))
-    for name in "qkvo":
-        kernel = getattr(grouped, name).kernel.get_value()
-        if name in "kv":
-            kernel = jnp.repeat(kernel.reshape(8, 2, 2), 2, 1).reshape(8, 8)
-        getattr(full, name).kernel.set_value(kernel)
-    x = jax.random.normal(jax.random.key(0), (2, LENGTH, 8))
-    run = nnx.jit(lambda model, x: model(x))
-    np.testing.assert_allclose(run(grouped, x), run(full, x), atol=1e-6)
-
-
-def test_rotary_products_depend_on_distance_only():
-    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 3, 8))
-    turn = jax.jit(lambda x, position: rotate(x, position[None], 100.0))
-
-    def product(i, j):
-        return (turn(q, jnp.asarray(i)) * turn(k, jnp.asarray(j))).sum(-1)
-
-    np.testing.assert_allclose(product(5, 2), product(103, 100), atol=1e-4)
-    assert np.abs(product(5, 2) - product(5, 3)).max() > 0.01
-    np.testing.assert_array_equal(turn(q, jnp.asarray(0)), q)
-    np.testing.assert_allclose(jnp.linalg.norm(turn(q, jnp.asarray(9)), axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-5)
-
-
-@pytest.mark.parametrize(("stride", "size"), [(1, (5, 6)), (2, (5, 6)), (2, (8, 7))])
-def test_conv_equals_lax(stride, size):
-    conv = Conv(3, 4, stride=stride, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (2, *size, 3))
-    kernel = conv.linear.kernel.get_value().reshape(3, 3, 3, 4)
-    expected = jax.lax.conv_general_dilated(x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    np.testing.assert_allclose(nnx.jit(lambda conv, x: conv(x))(conv, x), expected, atol=1e-5)
-
-
-def test_norms_equal_numpy():
-    x = np.random.default_rng(0).normal(2, 3, (2, 3, 4, 6)).astype(np.float32)
-    rms, group = RMSNorm(6), GroupNorm(6, 3)
-    for variable in (rms.scale, group.scale, group.bias):
-        variable.set_value(jnp.arange(6.0) - 1)
-    run = nnx.jit(lambda model, x: model(x))
-    np.testing.assert_allclose(run(rms, jnp.asarray(x)), x / np.sqrt((x**2).mean(-1, keepdims=True)) * (np.arange(6) - 1), rtol=1e-4)
-    grouped = x.reshape(2, 12, 3, 2)
-    grouped = (grouped - grouped.mean((1, 3), keepdims=True)) / grouped.std((1, 3), keepdims=True)
-    np.testing.assert_allclose(run(group, jnp.asarray(x)), grouped.reshape(x.shape) * (np.arange(6) - 1) + np.arange(6) - 1, atol=1e-4)
-
-
-@pytest.mark.parametrize("inner", [(), (3,)])
-def test_cross_entropy_equals_numpy(inner):
-    random = np.random.default_rng(0)
-    logits = random.normal(size=(4, *inner, 3)).astype(np.float32) * 3
-    y = random.integers(0, 3, (4, *inner))
-    y[0] = -1
-    y[2, ...] = np.where(np.arange(np.prod(inner, dtype=int)) == 1, -1, y[2]) if inner else y[2]
-    data = Batch(jnp.asarray(logits), jnp.asarray(y), jnp.ones(4, bool))
-    loss, aux = cross_entropy(lambda x: x, data, jax.random.key(0))
-    for b in range(4):
-        rows = [(softmax(z.astype(np.float64)), t) for z, t in zip(logits[b].reshape(-1, 3), y[b].reshape(-1), strict=True) if t >= 0]
-        np.testing.assert_allclose(loss[b], np.mean([-np.log(p[t]) for p, t in rows]) if rows else 0, rtol=1e-5)
-        np.testing.assert_allclose(aux["correct"][b], np.mean([p.argmax() == t for p, t in rows]) if rows else 0, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

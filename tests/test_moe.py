@@ -1,111 +1,22 @@
 """The MoE layer: its three ways to compute rows against one slow oracle, held experts, masks, and auxiliary losses."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from moe_oracle import CLIENTS, EXAMPLES, FEATURES, HIDDEN, SLOTS, TOKENS, layer, limit_of, oracle, scenario, split
 
 from fedmoe_jax.experts import ExpertParam, RouterParam, Slots
 from fedmoe_jax.nn import dispatch, routing
 from fedmoe_jax.nn.moe import MoE
 
-CLIENTS, EXAMPLES, TOKENS, FEATURES, HIDDEN, SLOTS = 4, 6, 20, 5, 7, 8
 MODES = ("dense", "tiled", "limited")
-CAPACITY = 0.6
 
 
 def force(monkeypatch, mode):
     """Makes dropless layers of any size choose `mode`."""
     monkeypatch.setattr(dispatch, "tiled_rows", lambda pairs, slots: 0 if mode == "tiled" else 1 << 30)
-
-
-def layer(mode="dense", **options):
-    options = {"top_k": 2, "token_capacity": CAPACITY if mode == "limited" else None, "z_weight": 0.1, "balance_weight": 0.3} | options
-    model = MoE(FEATURES, HIDDEN, SLOTS, **options, rngs=nnx.Rngs(0))
-    key = jax.random.key(1)
-    for path, variable in nnx.iter_graph(model):  # biases start at 0 and the router near it, which would hide mistakes
-        if isinstance(variable, ExpertParam) and path[-1] in ("b_in", "b_out", "router"):
-            key, drawn = jax.random.split(key)
-            variable.set_value(jax.random.normal(drawn, variable.shape))
-    return model
-
-
-def split(model):
-    """(weights by name, call), call(weights, x, held, prior, mask) -> (y, tokens, penalty)."""
-    graphdef, state, rest = nnx.split(model, nnx.Param, ...)
-
-    def call(weights, x, held, prior=None, mask=None):
-        bound = nnx.merge(graphdef, state, rest, copy=True)
-        for name, weight in weights.items():
-            getattr(bound, name).set_value(weight)
-        bound.slots.set_value(Slots(held=held, prior=jnp.zeros(SLOTS) if prior is None else prior, mask=mask))
-        y = bound(x)
-        return y, bound.slots.get_value().tokens, bound.slots.get_value().penalty
-
-    return {path[0]: variable.get_value() for path, variable in nnx.to_flat_state(state)}, jax.jit(call)
-
-
-def scenario(seed, clients=CLIENTS):
-    """Inputs, and slots with empty places, priors and masked examples; client 0 holds nothing, client 1 everything."""
-    random = np.random.default_rng(seed)
-    held = random.random((clients, SLOTS)) < 0.6
-    held[0], held[1:2] = False, True
-    mask = random.random((clients, EXAMPLES)) < 0.7
-    x = random.normal(size=(clients, EXAMPLES, TOKENS, FEATURES)).astype(np.float32)
-    prior = random.normal(size=(clients, SLOTS)).astype(np.float32)
-    return x, held, prior, mask
-
-
-def softmax(values):
-    values = np.exp(values - values.max())
-    return values / values.sum()
-
-
-def expert(weights, e, x):
-    hidden = x @ weights["w_in"][e] + weights.get("b_in", np.zeros((SLOTS, 1)))[e]
-    if "w_gate" in weights:
-        gate = x @ weights["w_gate"][e]
-        hidden = gate / (1 + np.exp(-gate)) * hidden
-    else:
-        hidden = np.maximum(hidden, 0)
-    return hidden @ weights["w_out"][e] + weights.get("b_out", np.zeros((SLOTS, 1)))[e]
-
-
-def oracle(weights, x, held, prior, mask, *, top_k, limit=None, at=None, balance_weight=0.3, z_weight=0.1):
-    """One client's layer, token by token in float64 -> (y, tokens, penalty). `at`: (router, x) where a single choice has gate 1."""
-    experts = np.flatnonzero(held)
-    tokens, y = np.zeros(x.shape[:1] + held.shape), np.zeros(x.shape[:-1] + weights["w_out"].shape[-1:])
-    if not len(experts) or not mask.any():
-        return y, tokens, 0.0
-    order, probabilities, z = [], [], []
-    for b, t in np.ndindex(x.shape[:2]):
-        if not mask[b]:
-            continue
-        logits = weights["router"][experts] @ x[b, t] + prior[experts]
-        p = softmax(logits)
-        probabilities.append(p)
-        z.append(np.log(np.exp(logits).sum()) ** 2)
-        best = np.argsort(-logits, kind="stable")[:top_k]
-        gates = p[best] / p[best].sum()
-        if top_k == 1:
-            gates = p[best] / softmax(at[0][experts] @ at[1][b, t] + prior[experts])[best]
-        order += [(rank, b, t, experts[i], g) for rank, (i, g) in enumerate(zip(best, gates, strict=True))]
-    chosen = np.bincount([e for _, _, _, e, _ in order], minlength=len(held))[experts]
-    penalty = balance_weight * len(experts) * (chosen / chosen.sum() * np.mean(probabilities, 0)).sum() + z_weight * np.mean(z)
-    for _, b, t, e, gate in sorted(order, key=lambda pair: pair[:3]):
-        if limit is None or tokens[:, e].sum() < limit:
-            tokens[b, e] += 1
-            y[b, t] += gate * expert(weights, e, x[b, t])
-    return y, tokens, penalty
-
-
-def limit_of(mode, top_k):
-    return math.ceil(CAPACITY * EXAMPLES * TOKENS * top_k / SLOTS) if mode == "limited" else None
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -156,41 +67,6 @@ def test_gradients_equal_differences_of_oracle(monkeypatch, mode, top_k):
             expected = (value(1e-6) - value(-1e-6)) / 2e-6
             found = (np.asarray(gradient[c], np.float64) * direction).sum()
             np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4, err_msg=f"client {c}, {name}")
-
-
-TILED, LIMITED = jax.jit(dispatch.tiled, static_argnums=2), jax.jit(dispatch.limited, static_argnums=(2, 3))
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**31), skew=st.floats(0, 20), top_k=st.sampled_from([1, 2]))
-def test_layouts_keep_every_pair_they_may(seed, skew, top_k):
-    random = np.random.default_rng(seed)
-    logits = random.normal(size=(90, SLOTS)) + skew * random.normal(size=SLOTS)
-    slot = jnp.asarray(np.argsort(-logits, 1)[:, :top_k].T.astype(np.int32))
-    active = jnp.asarray(random.random(slot.shape) < 0.8)
-    x = jnp.asarray(random.normal(size=(90, 3)).astype(np.float32))
-    limit = 11
-    for layout in (TILED(slot, active, SLOTS), LIMITED(slot, active, SLOTS, limit)):
-        kept = np.asarray(layout.kept)
-        if layout.expert.shape[0] == SLOTS:
-            counts = np.bincount(np.asarray(slot)[np.asarray(active)], minlength=SLOTS)
-            np.testing.assert_array_equal(np.bincount(np.asarray(slot)[kept], minlength=SLOTS), np.minimum(counts, limit))
-        else:
-            np.testing.assert_array_equal(kept, active)
-        rows = dispatch.dispatch(x, layout)
-        assert int(layout.filled.sum()) == kept.sum()
-        np.testing.assert_allclose(dispatch.combine(rows, jnp.ones(slot.shape), layout), x * kept.sum(0)[:, None], rtol=1e-6)
-        expert_of_row = np.asarray(layout.expert)[np.asarray(layout.row) // layout.token.shape[1]]
-        np.testing.assert_array_equal(expert_of_row[kept], np.asarray(slot)[kept])
-
-
-def test_tiles_are_chosen_where_they_halve_the_rows(monkeypatch):
-    seen = []
-    monkeypatch.setattr(dispatch, "tiled", lambda *args, real=dispatch.tiled: seen.append(args) or real(*args))
-    weights, call = split(layer(top_k=1))
-    for tokens, calls in ((4, 0), (400, 1)):
-        jax.eval_shape(call, weights, jnp.ones((2, tokens, FEATURES)), jnp.ones(SLOTS, bool))
-        assert len(seen) == calls
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -245,33 +121,6 @@ def test_masked_examples_change_nothing(monkeypatch, mode):
     jax.tree.map(np.testing.assert_array_equal, result, other)
     for value in result[1][:2]:
         np.testing.assert_array_equal(np.abs(value).reshape(EXAMPLES, -1).max(1) > 0, mask)
-
-
-def test_overflow_is_dropped_first_choices_first():
-    weights, call = split(layer("limited", use_bias=False))
-    prior = jnp.zeros(SLOTS).at[3].set(1000.0).at[5].set(500.0)
-    weights["router"] = weights["router"].at[:4].set(0.0)
-    x, *_ = scenario(0)
-    y, tokens, _ = call(weights, jnp.asarray(x[0]), jnp.ones(SLOTS, bool), prior)
-    limit = limit_of("limited", 2)
-    assert 0 < limit < EXAMPLES * TOKENS
-    served = np.zeros(EXAMPLES * TOKENS)
-    served[:limit] = 1
-    np.testing.assert_array_equal(tokens[:, 3], served.reshape(EXAMPLES, TOKENS).sum(1))
-    np.testing.assert_array_equal(np.abs(y).reshape(-1, FEATURES).max(1) > 0, served)
-
-    slot, active = jnp.array([[0, 1, 1], [1, 0, 0]]), jnp.ones((2, 3), bool)  # three first choices, three second ones
-    np.testing.assert_array_equal(dispatch.limited(slot, active, 2, 2).kept, [[True, True, True], [False, True, False]])
-
-
-def test_capacity_above_all_pairs_drops_nothing():
-    inputs = [jnp.asarray(value[1]) for value in scenario(2, clients=2)]
-    results = []
-    for capacity in (None, 1e9):
-        weights, call = split(layer(token_capacity=capacity))
-        results.append(call(weights, *inputs))
-    np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-5)
-    np.testing.assert_array_equal(results[0][1], results[1][1])
 
 
 def test_single_choice_has_gate_one_and_teaches_the_router():

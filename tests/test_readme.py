@@ -37,8 +37,16 @@ def test_own_model_trains_by_name(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
 
 
+def test_own_data_trains_by_name(tmp_path, monkeypatch):
+    (tmp_path / "mydata.py").write_text(BLOCKS[2])
+    monkeypatch.chdir(tmp_path)
+    small = ["--population", "20", "--cohort", "5", "--experts", "4", "--rounds", "20", "--eval_every", "20"]
+    assert cli.main(["train", "--data", "mydata:blobs", *small, "--out", "runs/blobs"]) == 0
+    assert metrics.read_json(tmp_path / "runs" / "blobs" / "summary.json")["last"]["eval_accuracy"] > 0.5
+
+
 def test_own_aligner_trains_to_the_end(tmp_path, monkeypatch):
-    (tmp_path / "myaligner.py").write_text(BLOCKS[2])
+    (tmp_path / "myaligner.py").write_text(BLOCKS[3])
     monkeypatch.syspath_prepend(tmp_path)
     config = TrainConfig(population=20, cohort=5, experts=4, rounds=2, eval_every=2, aligner="myaligner:fixed", model_options={"hidden": 8})
     summary = trainer.train(config, tmp_path / "run")

@@ -108,7 +108,7 @@ def test_mean_interval_of_few():
 
 def test_compare_table_against_a_slow_oracle():
     finals = {"random": [0.80, 0.90], "balanced": [0.95, 0.70], "full": [0.99]}
-    table = compare_table({name: [make_run(final=value) for value in values] for name, values in finals.items()}, target=0.1)
+    table = compare_table({name: [make_run(final=value) for value in values] for name, values in finals.items()})
     assert table["target"] == pytest.approx(0.99 * 0.85) and "random" in table["target_rule"]
     balanced = table["aligners"]["balanced"]
     assert tuple(balanced) == COMPARED == tuple(table["metrics"])
@@ -122,8 +122,9 @@ def test_compare_table_against_a_slow_oracle():
 
 
 @pytest.mark.parametrize(("target", "rounds", "rule"), [(0.5, 4.0, "given"), (None, None, "none")])
-def test_compare_table_without_random_takes_the_given_target(target, rounds, rule):
-    table = compare_table({"greedy": [make_run()]}, target)
+def test_compare_table_takes_the_given_target(target, rounds, rule):
+    runs = {"greedy": [make_run()]} | ({} if target is None else {"random": [make_run(final=0.99)]})
+    table = compare_table(runs, target)
     assert (table["target"], table["target_rule"]) == (target, rule)
     assert table["aligners"]["greedy"]["rounds_to_target"]["mean"] == rounds
     assert table["aligners"]["greedy"]["rounds_to_target"]["censored"] == 0

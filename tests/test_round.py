@@ -1,7 +1,5 @@
 """Tests of a whole round by what it must reduce to: FedAvg, one centralised step, nothing at all, itself in another order."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,54 +7,13 @@ import optax
 import pytest
 from flax import nnx
 from jax.extend import core
+from small_round import BATCH, CLIENTS, EXPERTS, KEY, SIZES, algorithm, aligner, distance, model, population, run, weights
 
-from fedmoe_jax import ClientProfile, Population, alignment, federated_moe, partition, rounds, sampling
+from fedmoe_jax import alignment, partition, rounds, sampling
 from fedmoe_jax.base import client_keys, stage_key
 from fedmoe_jax.local.cost import count_flops, round_cost
-from fedmoe_jax.local.primal import local_batch, num_processed, num_steps
-from fedmoe_jax.models import create
+from fedmoe_jax.local.primal import local_batch
 from fedmoe_jax.models.losses import cross_entropy
-
-FEATURES, CLASSES, EXPERTS, CLIENTS, BATCH = 6, 3, 4, 8, 4
-SIZES = (3, 9, 4, 1, 7, 5, 8, 2)
-KEY = jax.random.key(0)
-
-
-def model(num_experts=EXPERTS, top_k=1, **options):
-    small = dict(hidden=8, expert_hidden=6, balance_weight=0.0, z_weight=0.0)
-    shape = dict(input_shape=(FEATURES,), num_classes=CLASSES, num_experts=num_experts, top_k=top_k, seed=0)
-    return create("mlp", **shape, **(small | options))
-
-
-def population(memory_bytes=1e9, sizes=SIZES, broken=()):
-    """Clients of unequal sizes; those in `broken` have NaN features."""
-    draw = np.random.default_rng(0)
-    x, y = draw.normal(size=(sum(sizes), FEATURES)).astype(np.float32), draw.integers(0, CLASSES, sum(sizes))
-    owned = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
-    for client in broken:
-        x[owned[client]] = np.nan
-    fast = jnp.full(len(sizes), 1e9)
-    return Population.from_arrays(x, y, owned, ClientProfile(fast, jnp.full(len(sizes), float(memory_bytes)), fast, fast))
-
-
-def aligner(name="random", num_experts=EXPERTS, max_slots=2):
-    return getattr(alignment, name)(num_experts=num_experts, max_slots=max_slots)
-
-
-def algorithm(of=None, **options):
-    defaults = dict(client_optimizer=optax.sgd(0.3), server_optimizer=optax.sgd(1.0), cohort_size=5, batch_size=BATCH)
-    options = defaults | {"aligner": options.get("aligner") or aligner(), "solo_examples": 0} | options
-    if "local_steps" not in options:
-        options.setdefault("local_epochs", 1)
-    return federated_moe(model() if of is None else of, cross_entropy, **options)
-
-
-def run(alg, data, count=1, key=KEY):
-    """The state and the last Info after `count` rounds, step by step."""
-    state = alg.init(key, data)
-    for _ in range(count):
-        state, info = alg.step(state, data)
-    return state, info
 
 
 def same(a, b):
@@ -70,14 +27,6 @@ def close(a, b, atol=2e-6):
 def _bits(tree):
     keys = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if keys(leaf) else leaf, tree)
-
-
-def weights(state):
-    return state.experts, state.shared
-
-
-def distance(a, b):
-    return sum(float(((x - y) ** 2).sum()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)) ** 0.5
 
 
 def fedavg(start, data, key, client_lr, cohort_size):
@@ -231,54 +180,6 @@ def test_a_client_with_broken_data_is_rejected():
     assert distance(weights(state), weights(alg.init(KEY, data))) > 1e-3
 
 
-def test_personal_router_rows_change_for_present_clients_and_held_experts_only():
-    data = population()
-    alg = algorithm(router="personal", cohort_size=3)
-    start = alg.init(KEY, data)
-    state, _ = alg.step(start, data)
-    cohort = sampling.cohort(stage_key(jax.random.fold_in(KEY, 0), "cohort"), CLIENTS, 3)
-    (before,), (after,) = jax.tree.leaves(start.personal), jax.tree.leaves(state.personal)
-    assert before.shape == (CLIENTS, EXPERTS, 8)
-    changed = np.asarray((before != after).any(-1))
-    assert set(np.flatnonzero(changed.any(1))) <= set(np.asarray(cohort).tolist())
-    assert 0 < changed.sum() <= 3 * 2 and changed.sum(1).max() <= 2
-
-
-def test_the_router_of_the_global_model_is_the_mean_of_the_personal_ones_and_does_not_travel():
-    data = population()
-    options = dict(cohort_size=5, server_optimizer=optax.adam(0.1))
-    state, info = run(algorithm(router="personal", **options), data, 3)
-    (rows,) = jax.tree.leaves(state.personal)
-    np.testing.assert_allclose(state.experts["moe"]["router"].get_value(), rows.mean(0), atol=1e-6)
-    assert float(jnp.abs(rows - rows.mean(0)).max()) > 1e-5
-    _, shared = run(algorithm(router="shared", **options), data, 3)
-    assert shared.bytes_up - info.bytes_up == info.load.sum() * 8 * 4
-
-
-def test_a_personal_router_must_fit_its_budget():
-    needed = CLIENTS * EXPERTS * 8 * 4
-    with pytest.raises(ValueError, match=f"router is 'personal', which takes {needed} bytes"):
-        algorithm(router="personal", personal_budget_bytes=float(needed - 1)).init(KEY, population())
-    algorithm(router="personal", personal_budget_bytes=float(needed)).init(KEY, population())
-
-
-@pytest.mark.parametrize("local", [dict(local_epochs=3, local_steps=None), *(dict(local_epochs=None, local_steps=n) for n in (1, 2, 7))])
-def test_examples_processed_are_those_in_the_batches(local):
-    data = population()
-    for client, size in enumerate(SIZES):
-        steps = num_steps(jnp.int32(size), batch_size=BATCH, **local)
-        masks = [local_batch(KEY, data, jnp.int32(client), step, BATCH).mask.sum() for step in range(int(steps))]
-        assert num_processed(jnp.int32(size), batch_size=BATCH, **local) == sum(masks)
-
-
-def test_prox_keeps_clients_near_what_they_received():
-    data, moved = population(), {}
-    for prox in (0.0, 10.0):
-        alg = algorithm(prox=prox, client_optimizer=optax.sgd(0.1), local_steps=20)
-        moved[prox] = distance(weights(run(alg, data)[0]), weights(alg.init(KEY, data)))
-    assert 0 < moved[10.0] < 0.3 * moved[0.0]
-
-
 def test_an_expert_that_nobody_trains_keeps_its_value_under_momentum():
     data = population()
     alg = algorithm(aligner=aligner(max_slots=1), cohort_size=2, server_optimizer=optax.sgd(1.0, momentum=0.9))
@@ -292,68 +193,3 @@ def test_an_expert_that_nobody_trains_keeps_its_value_under_momentum():
         state = new
     assert waited > 0
     np.testing.assert_array_equal(info.staleness_max, (5 - state.last_trained).max())
-
-
-def test_a_client_optimizer_may_depend_on_the_round():
-    data = population()
-    alg = algorithm(client_optimizer=lambda round: optax.sgd(jnp.where(round == 0, 0.0, 0.3)))
-    start = alg.init(KEY, data)
-    state, _ = alg.step(start, data)
-    assert distance(weights(state), weights(start)) == 0
-    assert distance(weights(alg.step(state, data)[0]), weights(start)) > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(local_steps=2, local_epochs=1), "local_epochs and local_steps: give exactly one"),
-        (dict(local_epochs=None), "local_epochs and local_steps: give exactly one"),
-        (dict(local_epochs=0), "local_epochs is 0"),
-        (dict(local_steps=0), "local_steps is 0"),
-        (dict(cohort_size=0), "cohort_size is 0"),
-        (dict(batch_size=0), "batch_size is 0"),
-        (dict(chunk_size=0), "chunk_size is 0"),
-        (dict(prox=-1.0), "prox is -1.0"),
-        (dict(prox=float("nan")), "prox is nan"),
-        (dict(deadline=0.0), "deadline is 0.0"),
-        (dict(router="other"), "router is 'other', it must be 'shared' or 'personal'"),
-        (dict(router_prior=float("nan")), "router_prior is nan"),
-        (dict(solo_examples=-1), "solo_examples is -1"),
-        (dict(aligner=alignment.full(num_experts=EXPERTS + 1)), "aligner is for 5 experts, the model has 4"),
-        (dict(aligner=aligner(num_experts=EXPERTS - 1)), "aligner is for 3 experts, the model has 4"),
-        (dict(aligner=aligner()._replace(max_slots=5, num_experts=None)), "aligner gives up to 5 experts, the model has 4"),
-    ],
-)
-def test_wrong_arguments_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        algorithm(**options)
-
-
-def test_a_cohort_larger_than_the_population_is_refused():
-    with pytest.raises(ValueError, match=f"cohort_size is 9, it must be at most the population, {CLIENTS}"):
-        algorithm(cohort_size=CLIENTS + 1).init(KEY, population())
-
-
-def test_a_model_without_experts_is_refused():
-    with pytest.raises(ValueError, match="no ExpertParam"):
-        algorithm(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
-
-
-def test_the_deadline_has_room_for_probes():
-    data = population()
-    batch = jax.eval_shape(lambda: data.batch(jnp.int32(0), jnp.arange(BATCH)))
-    cost = round_cost(partition(model()), cross_entropy, optax.sgd(0.3), batch)
-    slow = dataclasses.replace(data.profile, downlink_bytes_per_second=jnp.full(CLIENTS, float(cost.expert_bytes)))  # one expert a second
-    shared = float(cost.shared_bytes / cost.expert_bytes)
-    for name, probes, most in (("random", 0, 2), ("balanced", 1, 1)):
-        options = dict(aligner=aligner(name), cohort_size=CLIENTS, deadline=shared + 2.5, solo_examples=BATCH)
-        _, info = run(algorithm(**options), dataclasses.replace(data, profile=slow))
-        assert info.load.sum() == most * CLIENTS and info.simulated_seconds <= shared + 2.5
-        assert info.bytes_down - info.bytes_up == probes * CLIENTS * cost.expert_bytes
-
-
-def test_clients_too_slow_for_the_deadline_are_dropped():
-    data = population()
-    slow = dataclasses.replace(data.profile, uplink_bytes_per_second=data.profile.uplink_bytes_per_second.at[:4].set(1e-3))
-    _, info = run(algorithm(cohort_size=CLIENTS, deadline=1.0), dataclasses.replace(data, profile=slow))
-    assert info.dropped_clients == 4 and info.clients == 4 and info.simulated_seconds <= 1

@@ -20,12 +20,12 @@ def seconds(
     slots: Int[Array, " client"],
     *,
     examples: Int[Array, " client"] | None = None,
-    probes: int = 0,
+    probes: int | Int[Array, " client"] = 0,
 ) -> Float[Array, " client"]:
     """How long each client's round takes: download, then local training, then upload.
 
-    The client downloads the shared part and `slots + probes` experts, trains the shared part and `slots` experts on
-    `examples` examples, and uploads the shared part and `slots` experts.
+    The client downloads the shared part and `slots + probes` experts, scores each of them alone where that is part of
+    `cost`, trains the shared part and `slots` experts on `examples` examples, and uploads the shared part and `slots` experts.
 
     Args:
       profile: what each client can afford.
@@ -38,6 +38,7 @@ def seconds(
     flops = cost.shared_flops + slots * cost.expert_flops
     if examples is not None:
         flops = flops * examples
+    flops = flops + jnp.where(slots > 0, cost.solo_shared_flops + downloads * cost.solo_expert_flops, 0)
     download = (cost.shared_bytes + downloads * cost.expert_bytes) / profile.downlink_bytes_per_second
     upload = (cost.shared_bytes + slots * cost.expert_bytes) / profile.uplink_bytes_per_second
     return download + flops / profile.flops_per_second + upload

@@ -37,8 +37,10 @@ class Trainer(NamedTuple):
 
     def cost(self, population: Population, round: Any) -> RoundCost:
         """What a round costs a client, from the traced model."""
-        batch = jax.eval_shape(lambda: population.batch(jnp.int32(0), jnp.arange(self.batch_size)))
-        return round_cost(self.parts, self.loss_fn, self.optimizer(round), batch, personal_router=self.personal)
+        optimizer = self.optimizer(round)
+        solo = batch_shape(population, self.solo_examples) if self.solo_examples else None
+        batch = batch_shape(population, self.batch_size)
+        return round_cost(self.parts, self.loss_fn, optimizer, batch, personal_router=self.personal, solo_batch=solo)
 
     def examples(self, owned: Any) -> Any:
         """Examples that a client with `owned` examples processes in a round."""
@@ -90,9 +92,9 @@ class Trainer(NamedTuple):
             candidates = _own_routers(candidates, state.personal, client, jnp.concatenate([held, probed]))
         solo = jnp.full(slots + probed.shape[0], jnp.nan)
         if self.solo_examples:
-            common = dict(parts=self.parts, loss_fn=self.loss_fn)
-            keys = jax.random.fold_in(key, 1)
-            solo = primal.solo_losses(keys, population, client, candidates, state.shared, num_examples=self.solo_examples, **common)
+            solo_key = jax.random.fold_in(key, 1)
+            batch = primal.local_batch(solo_key, population, client, 0, self.solo_examples)
+            solo = primal.solo_losses(solo_key, batch, candidates, state.shared, parts=self.parts, loss_fn=self.loss_fn)
         result = primal.train(
             jax.random.fold_in(key, 0), population, client, jax.tree.map(lambda w: w[:slots], candidates), state.shared,
             held != NO_EXPERT, prior, parts=self.parts, loss_fn=self.loss_fn, optimizer=self.optimizer(state.round),
@@ -109,6 +111,11 @@ class Trainer(NamedTuple):
         feedback = (examples, whole, result.correct / count, result.loss / count, solo)
         update = (result.shared, result.experts, held, examples, whole)
         return update, feedback, result.train_loss / jnp.maximum(result.trained, 1), present & ~finite
+
+
+def batch_shape(population: Population, size: int) -> Any:
+    """Shapes of a batch of `size` examples."""
+    return jax.eval_shape(lambda: population.batch(jnp.int32(0), jnp.arange(size)))
 
 
 def router_rows(experts: Any, num_clients: int, budget_bytes: float) -> Any:

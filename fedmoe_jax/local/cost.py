@@ -1,5 +1,6 @@
 """What local training costs, read off the traced program: FLOPs of products, bytes of parameters and activations."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from jax.extend import core
 
 from fedmoe_jax.base import Batch, LossFn, RoundCost
 from fedmoe_jax.experts import Partition, RouterParam
-from fedmoe_jax.local.primal import objective
+from fedmoe_jax.local.primal import objective, solo_losses
 
 
 def count_flops(function: Callable[..., Any], *args: Any) -> int:
@@ -55,38 +56,58 @@ def tree_bytes(tree: Any) -> int:
 
 
 def round_cost(
-    parts: Partition, loss_fn: LossFn, optimizer: optax.GradientTransformation, batch: Batch, *, personal_router: bool = False
+    parts: Partition,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    batch: Batch,
+    *,
+    personal_router: bool = False,
+    solo_batch: Batch | None = None,
 ) -> RoundCost:
     """The cost of a client's round from the actual model: the program is traced with one and with two experts.
 
     Args:
       batch: one batch's shapes (arrays or `jax.ShapeDtypeStruct`).
       personal_router: whether router rows stay on the client and do not travel.
+      solo_batch: shapes of the batch on which experts are scored alone; None if they are not.
 
     Returns:
-      What an expert costs is the difference between two held experts and one, or three and two. Memory is weights, gradients, deltas and
-      optimizer state, plus every intermediate of the forward pass on one batch.
+      What an expert costs is the difference between two held experts and one, or three and two. Memory is weights, gradients,
+      deltas and optimizer state, plus every intermediate of the forward pass on one batch.
     """
     one = jax.eval_shape(lambda tree: jax.tree.map(lambda weight: weight[:1], tree), parts.experts)
 
+    def held(slots):
+        return jax.tree.map(lambda w: jax.ShapeDtypeStruct((slots, *w.shape[1:]), w.dtype), parts.experts)
+
+    def arguments(slots):
+        return held(slots), parts.shared, batch, jnp.ones(slots, bool), jnp.zeros(slots), jax.random.key(0)
+
     def flops(slots):
-        experts = jax.tree.map(lambda w: jax.ShapeDtypeStruct((slots, *w.shape[1:]), w.dtype), parts.experts)
-        args = (experts, parts.shared, batch, jnp.ones(slots, bool), jnp.zeros(slots), jax.random.key(0))
-        return count_flops(jax.grad(lambda *a: objective(parts, loss_fn, *a)[0], (0, 1)), *args) / batch.mask.shape[0]
+        return count_flops(jax.grad(lambda *a: objective(parts, loss_fn, *a)[0], (0, 1)), *arguments(slots)) / batch.mask.shape[0]
 
     def activations(slots):
-        experts = jax.tree.map(lambda w: jax.ShapeDtypeStruct((slots, *w.shape[1:]), w.dtype), parts.experts)
-        args = (experts, parts.shared, batch, jnp.ones(slots, bool), jnp.zeros(slots), jax.random.key(0))
-        return _intermediate_bytes(jax.make_jaxpr(lambda *a: objective(parts, loss_fn, *a)[0])(*args).jaxpr)
+        return _intermediate_bytes(jax.make_jaxpr(lambda *a: objective(parts, loss_fn, *a)[0])(*arguments(slots)).jaxpr)
 
-    single, pair = flops(1), flops(2)
+    def solo(candidates):
+        if solo_batch is None:
+            return 0
+        score = functools.partial(solo_losses, parts=parts, loss_fn=loss_fn)
+        return count_flops(score, jax.random.key(0), solo_batch, held(candidates), parts.shared)
+
     kept = max(activations(3) - activations(2), 0)  # the program of a single expert is another, without a batch of experts
     router_bytes = tree_bytes(nnx.split_state(one, RouterParam, ...)[0]) if personal_router else 0
     expert_bytes, shared_bytes = tree_bytes(one), tree_bytes(parts.shared)
     copies = 3.0 + tree_bytes(jax.eval_shape(optimizer.init, one)) / expert_bytes
     memory = copies * shared_bytes + max(activations(2) - 2 * kept, 0), copies * expert_bytes + kept
-    numbers = (shared_bytes, expert_bytes - router_bytes, *memory, 2 * single - pair, pair - single)
+    numbers = (shared_bytes, expert_bytes - router_bytes, *memory, *_shared_and_each(flops), *_shared_and_each(solo))
     return RoundCost(*(jnp.float32(number) for number in numbers))
+
+
+def _shared_and_each(count: Callable[[int], int | float]) -> tuple[int | float, int | float]:
+    """The parts of `count(experts)` that do not and that do grow with the experts."""
+    one, two = count(1), count(2)
+    return 2 * one - two, two - one
 
 
 def _intermediate_bytes(jaxpr: Any) -> int:

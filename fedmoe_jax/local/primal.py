@@ -105,20 +105,17 @@ def train(
 
 def solo_losses(
     key: Key[Array, ""],
-    population: Population,
-    client: Int[Array, ""],
+    batch: Batch,
     experts: PyTree[Float[Array, "candidate ..."]],
     shared: PyTree[Float[Array, "..."]],
     *,
     parts: Partition,
     loss_fn: LossFn,
-    num_examples: int,
 ) -> Float[Array, " candidate"]:
-    """The loss of each candidate expert used alone, as received, on one batch of the client's examples.
+    """The loss of each candidate expert used alone, as received, on one batch of a client's examples.
 
     What does not depend on the expert, such as the layers below the first MoE layer, is computed once for all.
     """
-    batch = local_batch(key, population, client, 0, num_examples)
     alone = Slots(jnp.ones(1, bool), jnp.zeros(1), batch.mask)
 
     def one(expert):

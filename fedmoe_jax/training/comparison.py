@@ -41,12 +41,12 @@ def mean_interval(values: Sequence[int | float]) -> tuple[float | None, float | 
 def compare_table(runs: Mapping[str, Sequence[Sequence[Record]]], target: float | None = None) -> dict[str, Any]:
     """Means over seeds with 95% intervals, for each aligner and each figure of COMPARED.
 
-    The target is 99% of the mean final eval_accuracy of the aligner `random` where that is among `runs`, else `target`.
+    The target is `target`, or else 99% of the mean final eval_accuracy of the aligner `random` where that is among `runs`.
     A run that never reaches it is censored: it counts with its last round and all its bytes, and in `censored`.
 
     Args:
       runs: aligner -> one list of metrics.jsonl objects for each seed.
-      target: eval_accuracy to reach, without `random`.
+      target: eval_accuracy to reach.
 
     Returns:
       {"target", "target_rule", "metrics": [figure, ...], "aligners": {aligner: {figure: {"mean", "half_width", "n",
@@ -70,11 +70,13 @@ def compare_table(runs: Mapping[str, Sequence[Sequence[Record]]], target: float 
 
 
 def _target(runs, target):
+    if target is not None:
+        return target, "given"
     finals = [metrics.final(records, "eval_accuracy") for records in runs.get("random", [])]
     finals = [value for value in finals if value is not None]
-    if finals:
-        return TARGET_SHARE * float(np.mean(finals)), "99% of the mean final global test accuracy of random"
-    return target, "none" if target is None else "given"
+    if not finals:
+        return None, "none"
+    return TARGET_SHARE * float(np.mean(finals)), "99% of the mean final global test accuracy of random"
 
 
 def _run(records, target):

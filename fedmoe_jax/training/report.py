@@ -15,7 +15,7 @@ CAPTIONS = {
     "load": "Load of each expert in each round, and its coefficient of variation",
     "fitness": "Fitness of each client for each expert",
     "cost": "Accuracy against bytes and simulated time",
-    **{f"compare-{metric}": plots.LABELS[metric].capitalize() for metric in plots.COMPARED_CURVES},
+    **{f"compare-{metric}": plots.LABELS[metric][0].upper() + plots.LABELS[metric][1:] for metric in plots.COMPARED_CURVES},
 }
 """What each picture of a run's or comparison's plots/ folder shows, by file name, in the order of the page."""
 
@@ -121,6 +121,7 @@ def _comparison_page(folder):
         raise ValueError(f"{folder / 'comparison.json'}: is damaged ({type(error).__name__}: {error})") from None
     config = comparison.get("config") or _config(folder)
     about = f"{', '.join(aligners)} · {goal}"
+    config = {name: value for name, value in config.items() if value not in (None, {})}
     settings = _section("Configuration", _pairs(config.items())) if config else ""
     body = table + _pictures(folder) + settings + _section("Environment", _environment(comparison))
     return _page(f"Comparison {folder.resolve().name}", about, body)

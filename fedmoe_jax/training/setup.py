@@ -19,6 +19,7 @@ from fedmoe_jax.data import partition as splits
 from fedmoe_jax.data import sources
 from fedmoe_jax.data.population import Population
 from fedmoe_jax.experts import Partition, partition
+from fedmoe_jax.local.cohort import batch_shape
 from fedmoe_jax.local.cost import round_cost
 from fedmoe_jax.local.plan import chunk_size
 from fedmoe_jax.local.primal import num_processed
@@ -66,9 +67,11 @@ class Setup:
 
     def cost(self) -> Any:
         """What one round costs one client."""
-        batch = jax.eval_shape(lambda: self.population.batch(jnp.int32(0), jnp.arange(self.config.batch_size)))
-        optimizer = client_optimizer(self.config)(jnp.int32(0))
-        return round_cost(self.parts, self.loss_fn, optimizer, batch, personal_router=self.config.router == "personal")
+        config = self.config
+        batch = batch_shape(self.population, config.batch_size)
+        solo = batch if config.fitness == "solo" else None
+        optimizer = client_optimizer(config)(jnp.int32(0))
+        return round_cost(self.parts, self.loss_fn, optimizer, batch, personal_router=config.router == "personal", solo_batch=solo)
 
     def admit(self, client: jax.Array) -> Cohort:
         """These clients as a cohort, with the slots that a round would give them."""

@@ -156,6 +156,8 @@ class Run:
                 state = jax.tree.map(jnp.copy, self.state) if first else self.state
                 self.state, infos = jax.block_until_ready(self.program(state, self.setup.population, count))
                 return jax.device_get(infos)
+            except ValueError as error:  # of a program that is run for the first time: no user's input
+                raise RuntimeError(f"round {self.done} failed: {error}") from error
             except jax.errors.JaxRuntimeError as error:
                 if not first or self.chunk == 1 or not is_out_of_memory(error):
                     raise

@@ -1,0 +1,97 @@
+"""What a run is set up from: every named optimizer, schedule, aligner and fitness, and what is shared between runs and clients."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from fedmoe_jax.training import setup
+from fedmoe_jax.training.config import ALIGNERS, FITNESSES, OPTIMIZERS, SCHEDULES, TrainConfig
+
+CONFIG = TrainConfig(population=20, cohort=5, experts=4, rounds=4, model_options={"hidden": 16})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_descends(name):
+    make = setup.optimizer(name, 0.01)
+    value = jnp.array([1.0, -2.0])
+    state = make.init(value)
+    updates, _ = make.update(2 * value, state, value)
+    moved = optax.apply_updates(value, updates)
+    assert float((moved**2).sum()) < float((value**2).sum())
+
+
+def test_momentum_and_nesterov_differ_from_sgd():
+    def two_steps(name):
+        make, gradient = setup.optimizer(name, 0.1), jnp.ones(1)
+        state, total = make.init(gradient), 0.0
+        for _ in range(2):
+            updates, state = make.update(gradient, state, gradient)
+            total += float(updates[0])
+        return total
+
+    assert two_steps("sgd") == pytest.approx(-0.2)
+    assert two_steps("momentum") == pytest.approx(-0.1 * (1 + 1.9))
+    assert two_steps("nesterov") == pytest.approx(-0.1 * (1.9 + 2.71))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_starts_at_the_rate_and_only_constant_stays(name):
+    rate = setup.schedule(name, 0.5, 10)
+    at = [float(rate(round)) if callable(rate) else rate for round in (0, 5, 10)]
+    assert at == pytest.approx([0.5, 0.5, 0.5] if name == "constant" else [0.5, 0.25, 0.0])
+
+
+def test_the_client_rate_follows_the_round():
+    make = setup.client_optimizer(dataclasses.replace(CONFIG, client_schedule="linear", client_lr=0.4, rounds=4))
+    gradient = jnp.ones(1)
+    steps = [float(make(jnp.int32(round)).update(gradient, make(jnp.int32(round)).init(gradient), gradient)[0][0]) for round in (0, 2)]
+    assert steps == pytest.approx([-0.4, -0.2])
+
+
+@pytest.mark.parametrize("aligner", ALIGNERS)
+def test_every_aligner_and_fitness_can_be_made(aligner):
+    for fitness in FITNESSES:
+        made = setup.make_aligner(dataclasses.replace(CONFIG, aligner=aligner, fitness=fitness))
+        assert made.max_slots == (CONFIG.experts if aligner == "full" else CONFIG.slots)
+
+
+def test_aligners_share_weights_and_split_and_seeds_share_only_the_split():
+    data = setup.build(CONFIG)
+
+    def built(**changes):
+        return setup.variant(data, dataclasses.replace(CONFIG, **changes))
+
+    def flat(made):
+        return {key: value.get_value() for part in (made.parts.experts, made.parts.shared) for key, value in nnx.to_flat_state(part)}
+
+    one, other, reseeded = built(aligner="random"), built(aligner="balanced"), built(aligner="random", seed=1)
+    for key, value in flat(one).items():
+        np.testing.assert_array_equal(value, flat(other)[key])
+    assert any(not np.array_equal(value, flat(reseeded)[key]) for key, value in flat(one).items())
+    for made in (other, reseeded):
+        for ours, theirs in zip(jax.tree.leaves(one.population), jax.tree.leaves(made.population), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_all_seeds_share_the_test_set():
+    tests = [setup.build(dataclasses.replace(CONFIG, seed=seed)).test for seed in (0, 1)]
+    for ours, theirs in zip(*tests, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_client_never_trains_on_its_own_test_examples():
+    made = setup.build(CONFIG)
+
+    def rows(population, client):
+        batch = population.batch(jnp.int32(client), jnp.arange(population.max_examples))
+        return {row.tobytes() for row in np.asarray(batch.x)[np.asarray(batch.mask)]}
+
+    held = [rows(made.holdout, client) for client in range(CONFIG.population)]
+    assert any(held)
+    for client, own in enumerate(held):
+        assert not own & rows(made.population, client)
