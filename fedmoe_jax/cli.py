@@ -1,4 +1,4 @@
-"""The `fedmoe` command: train, compare, eval, report and profile."""
+"""The `fedmoe` command: train, compare, eval, report, profile and bench."""
 
 import dataclasses
 import itertools
@@ -18,6 +18,7 @@ _USAGE = """usage: fedmoe COMMAND ...
   eval DIR [--data DATA]                                accuracy of a run's model, also on other data
   report DIR                                            writes DIR/report.html again
   profile                                               what this machine can afford as a client, as JSON
+  bench assign [--clients N --experts E]                quality and speed of the assignment, one JSON line a figure
 """
 
 
@@ -55,15 +56,32 @@ class EvalOptions:
     """Other data, by default those of the run."""
 
 
+@dataclasses.dataclass(frozen=True)
+class BenchOptions:
+    """Time and quality of the assignment over families of problems, beside OR-tools' exact min-cost flow."""
+
+    clients: int = 10_000
+    """Clients of each problem."""
+    experts: int = 64
+    """Experts of each problem."""
+    repeats: int = 5
+    """Runs whose median is told."""
+    reference: bool = True
+    """Solve with OR-tools, too; otherwise only the proven gap is told."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0 when done, 2 after a user's mistake, 1 after anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
+    if not words:
+        print("fedmoe: give a command: train, compare, eval, report, profile or bench; see fedmoe --help", file=sys.stderr)
+        return 2
+    if words[0] in ("-h", "--help") or (words[0] in ("eval", "report", "profile") and {"-h", "--help"} & set(words)):
         print(_USAGE, end="")
-        return 0 if words else 2
+        return 0
     sys.path.insert(0, os.getcwd())
     commands: dict[str, Callable[[list[str]], None]] = {
-        "train": _train, "compare": _compare, "eval": _eval, "report": _report, "profile": _profile,
+        "train": _train, "compare": _compare, "eval": _eval, "report": _report, "profile": _profile, "bench": _bench,
     }  # fmt: skip
     try:
         if words[0] not in commands:
@@ -113,6 +131,8 @@ def _eval(words: list[str]) -> None:
     if not words or words[0].startswith("-"):
         raise UsageError("eval takes the folder of a run")
     folder, rest = Path(words[0]), words[1:]
+    if (folder / "comparison.json").is_file():
+        raise UsageError(f"{folder} is a comparison, which keeps no models; eval takes the folder of a run")
     if not (folder / "config.toml").is_file():
         raise UsageError(f"{folder} holds no run")
     config = TrainConfig(**from_toml(folder / "config.toml"))
@@ -136,6 +156,18 @@ def _profile(words: list[str]) -> None:
     from fedmoe_jax.training.machine import measure
 
     print(json.dumps(measure()))
+
+
+def _bench(words: list[str]) -> None:
+    if words[:1] != ["assign"]:
+        raise UsageError("bench takes what to measure: assign")
+    options, _ = parse(BenchOptions, words[1:], "fedmoe bench assign")
+    from fedmoe_jax.bench import assign
+    from fedmoe_jax.training.metrics import environment
+
+    about = environment()
+    for figure in assign.run(clients=options.clients, experts=options.experts, repeats=options.repeats, reference=options.reference):
+        print(json.dumps(figure | {"device": about["device"], "versions": about["versions"]}), flush=True)
 
 
 def _folder(out: str | None) -> str:

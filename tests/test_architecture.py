@@ -18,9 +18,10 @@ MAY_IMPORT = {
     "data": {"data"},
     "round": FOUNDATION | {"alignment", "aggregation", "local"},
     **dict.fromkeys(EDGE, FOUNDATION | STAGES | EDGE | {"models", "data", "round"}),
-    "cli": FOUNDATION | STAGES | EDGE | {"models", "data", "round", "cli"},
+    "bench": FOUNDATION | STAGES | {"models", "data", "round", "bench"},
+    "cli": FOUNDATION | STAGES | EDGE | {"models", "data", "round", "bench", "cli"},
 }
-PURE = set(MAY_IMPORT) - EDGE - {"data", "cli"}
+PURE = set(MAY_IMPORT) - EDGE - {"data", "bench", "cli"}
 IMPURE_IMPORTS = {"time", "logging", "datetime", "os", "sys", "io", "pathlib", "shutil", "subprocess", "socket", "tempfile", "random"}
 IMPURE_CALLS = {"open", "print", "input"}
 

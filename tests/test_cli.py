@@ -149,8 +149,11 @@ def test_other_mistakes_take_one_line(capsys, tmp_path):
     refused(capsys, ["report"], "folder")
     refused(capsys, ["profile", "now"], "now")
     assert not list(tmp_path.iterdir())
-    assert cli.main([]) == 2
-    assert "train" in printed(capsys, ["--help"])
+    refused(capsys, [], "command")
+    refused(capsys, ["bench"], "assign")
+    refused(capsys, ["bench", "assign", "--experts", "0"], "experts")
+    for words in (["--help"], ["eval", "--help"], ["report", "-h"], ["profile", "--help"]):
+        assert "train" in printed(capsys, words)
 
 
 @pytest.mark.parametrize("damage", [b"", b"nonsense", b"PK\x03\x04nonsense"])

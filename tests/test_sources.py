@@ -130,7 +130,7 @@ def test_test_fraction_is_checked():
 def test_missing_and_unreadable(tmp_path):
     fails(tmp_path / "none.npz", "no such file or folder")
     fails("missing.npz", "no such file or folder")
-    fails("digit", "no such file or folder, and no name of data .*digits, .*hf:NAME")
+    fails("digit", "no such file or folder, and no name of data .*digits, .*owner/name")
     with pytest.raises(ValueError, match="data must name a data set"):
         load("")
     fails("a" * 300 + "/?", "no such file or folder")

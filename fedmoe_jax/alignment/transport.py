@@ -19,12 +19,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
+_UNITS = 1 << 18  # of an integer to a value of 1
 _FAR = 1 << 29  # the cost of what is impossible; the sum of two still fits in 32 bits
-_SMOOTHING = tuple(10.0 ** (-1 - level / 2) for level in range(11))  # relative to the range of values
+_SHRINK = 10.0**-0.5
+_SMOOTHING = tuple(0.1 * _SHRINK**level for level in range(11))  # relative to the range of values
+_COARSE, _SAMPLE = 4, 1024  # the first few smoothings need about so many clients only
 _NEWTON_STEPS = 10  # at most, for each smoothing
-_FEW = 8  # moving so few clients takes less time than Newton's method
+_FEW = 0.5  # moving so few clients, for each expert, takes less time than Newton's method
+_NEAR = 1024  # clients among which a repair looks first
 
 
 class Problem(NamedTuple):
@@ -62,12 +66,13 @@ def solve(problem: Problem, prices: Int[Array, " expert"]) -> tuple[Bool[Array, 
     """
 
     def anew(state):
-        return _plan(problem, _newton(problem)), jnp.bool_(False)
+        return _plan(problem, _newton(problem, state[0].prices)), jnp.bool_(False)
 
     # A loop of at most one step, not a cond: under vmap a cond computes both branches, this only what some problem needs.
     given = _plan(problem, prices), jnp.bool_(True)
-    plan, _ = lax.while_loop(lambda state: state[1] & (_surplus(state[0]) > _FEW), anew, given)
-    plan = lax.while_loop(lambda plan: _surplus(plan) > 0, lambda plan: _repair(problem, plan), plan)
+    few = _FEW * problem.value.shape[0]
+    plan, _ = lax.while_loop(lambda state: state[1] & (_surplus(state[0]) > few), anew, given)
+    plan = lax.while_loop(lambda plan: _surplus(plan) > 0, functools.partial(_repair, problem), plan)
     return plan.mask, plan.prices
 
 
@@ -80,7 +85,14 @@ def _plan(problem: Problem, prices) -> _Plan:
 
 
 def _best(worth: Int[Array, "expert client"], slots: Int[Array, " client"]) -> Bool[Array, "expert client"]:
-    """The `slots` highest of each column, the first of equals. Bisects for the least of them, much faster than sorting."""
+    """The `slots` highest of each column, the first of equals."""
+    least = _least(worth, slots)
+    above, equal = worth > least, worth == least
+    return above | (equal & (jnp.cumsum(equal, axis=0) <= slots - above.sum(axis=0)))
+
+
+def _least(worth: Int[Array, "expert client"], slots: Int[Array, " client"]) -> Int[Array, " client"]:
+    """The least of the `slots` highest of each column. Bisects, which is much faster than sorting."""
 
     def halve(_, interval):
         low, high = interval
@@ -89,9 +101,7 @@ def _best(worth: Int[Array, "expert client"], slots: Int[Array, " client"]) -> B
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     start = jnp.full(slots.shape, -_FAR), jnp.full(slots.shape, _FAR)
-    least, _ = lax.fori_loop(0, _FAR.bit_length(), halve, start)
-    above, equal = worth > least, worth == least
-    return above | (equal & (jnp.cumsum(equal, axis=0) <= slots - above.sum(axis=0)))
+    return lax.fori_loop(0, _FAR.bit_length(), halve, start)[0]
 
 
 def _surplus(plan: _Plan) -> Int[Array, ""]:
@@ -111,16 +121,29 @@ def _excess(problem: Problem, prices, mask) -> tuple[Int[Array, " expert"], Int[
     return taken, jnp.append(load - taken, (taken - load).sum())
 
 
-def _newton(problem: Problem) -> Int[Array, " expert"]:
+def _newton(problem: Problem, start: Int[Array, " expert"]) -> Int[Array, " expert"]:
     """Nearly optimal prices: those of a problem in which clients waver within `smoothing` of their threshold.
 
     A client holds sigmoid((value - price - threshold) / smoothing) of an expert, its threshold being such that it fills
     its slots; an expert has lower + (upper - lower) sigmoid(price / smoothing) clients. Newton's method solves for
     prices and thresholds, eliminating the thresholds, while the smoothing shrinks.
     """
-    scale = resolution(problem.value.shape[0])
+    num_experts, num_clients = problem.value.shape
+    scale = resolution(num_experts)
     value = jnp.where(problem.allowed, problem.value / scale, -1e3)
     slots, lower, room = (x.astype(jnp.float32) for x in (problem.slots, problem.lower, problem.upper - problem.lower))
+    with_slots = jnp.cumsum(problem.slots > 0)
+    some = jnp.searchsorted(with_slots, jnp.linspace(1, with_slots[-1], min(_SAMPLE, num_clients)).astype(jnp.int32))
+    share = slots[some].sum() / jnp.maximum(slots.sum(), 1.0)
+    prices = jnp.clip(start / scale, -1.0, 1.0)
+    prices = _anneal(_SMOOTHING[:_COARSE], value[:, some], slots[some], share * lower, share * room, prices)
+    prices = _anneal(_SMOOTHING[_COARSE:], value, slots, lower, room, prices)
+    free = (problem.lower < problem.upper) & (jnp.abs(prices) < 20.0 * _SMOOTHING[-1])
+    return jnp.round(jnp.where(free, 0.0, prices) * scale).astype(jnp.int32)
+
+
+def _anneal(smoothings: tuple[float, ...], value, slots, lower, room, prices) -> Float[Array, " expert"]:
+    """Newton's method for one smoothing after the other, from prices near those of the first."""
 
     def step(smoothing, state):
         prices, thresholds, _, count = state
@@ -133,7 +156,8 @@ def _newton(problem: Problem) -> Int[Array, " expert"]:
         diagonal = slope.sum(axis=1) + room * full * (1.0 - full)
         damping = 1e-2 + 1e-3 * diagonal.mean()
         hessian = jnp.diag(diagonal + damping) - jnp.matmul(part, slope.T, precision=lax.Precision.HIGHEST)
-        change = jnp.clip(jnp.linalg.solve(hessian, column - part @ row), -4.0, 4.0)
+        solution = jax.scipy.linalg.solve(hessian, column - part @ row, assume_a="pos")
+        change = jnp.clip(jnp.nan_to_num(solution), -4.0, 4.0)
         correction = jnp.clip((row - change @ slope) / steepness, -6.0, 6.0)
         prices, thresholds = prices + smoothing * change, thresholds + smoothing * correction
         return prices, thresholds, jnp.abs(column).max(), count + 1
@@ -143,38 +167,60 @@ def _newton(problem: Problem) -> Int[Array, " expert"]:
         return (worst > tolerance) & (count < _NEWTON_STEPS)
 
     def level(carry, smoothing):
-        state = (*carry, jnp.inf, 0)
+        prices, thresholds = carry
+        free = (room > 0) & (jnp.abs(prices) < 5.0 * smoothing / _SHRINK)  # prices that are 0 but for the smoothing
+        state = (jnp.where(free, _SHRINK * prices, prices), thresholds, jnp.inf, 0)
         return lax.while_loop(unsettled, functools.partial(step, smoothing), state)[:2], None
 
     tolerance = jnp.maximum(0.01 * slots.sum() / value.shape[0], 0.5)  # clients that an expert may be off
-    start = jnp.zeros(value.shape[0]), value.max(axis=0)
-    (prices, _), _ = lax.scan(level, start, jnp.array(_SMOOTHING, jnp.float32))
-    free = (problem.lower < problem.upper) & (jnp.abs(prices) < 20.0 * _SMOOTHING[-1])
-    return jnp.round(jnp.where(free, 0.0, prices) * scale).astype(jnp.int32)
+    worth = value - prices[:, None]
+    least = _least((worth * _UNITS).astype(jnp.int32), slots.astype(jnp.int32)) / _UNITS
+    start = prices, jnp.where(slots > 0, least - 0.5 * smoothings[0], worth.max(axis=0) + smoothings[0])
+    (prices, _), _ = lax.scan(level, start, jnp.array(smoothings, jnp.float32))
+    return prices
 
 
 def _repair(problem: Problem, plan: _Plan) -> _Plan:
-    """Moves clients from nodes with too many along disjoint shortest paths, one from each, to nodes with too few."""
-    worth = problem.value - plan.prices[:, None]
-    distance, parent, root = _shortest_paths(_costs(problem, plan, worth), plan.excess)
-    end = _ends(distance, root, plan.excess)
+    """Moves clients along shortest paths: such as need only clients that nearly moved already, else whichever are shortest."""
+    num_clients = problem.slots.shape[0]
+    if num_clients <= _NEAR:
+        return _move(problem, plan, jnp.arange(num_clients), jnp.int32(_FAR))[0]
+    worth = jnp.where(problem.allowed, problem.value - plan.prices[:, None], -_FAR)
+    least, best = jnp.where(plan.mask, worth, _FAR).min(axis=0), jnp.where(plan.mask, -_FAR, worth).max(axis=0)
+    margins, near = lax.top_k(jnp.maximum(best - least, -_FAR), _NEAR + 1)
+    moved = _move(problem, plan, near[:-1], -margins[-1])
+    # Again a loop of at most one step instead of a cond.
+    return lax.while_loop(lambda state: ~state[1], lambda state: _move(problem, state[0], jnp.arange(num_clients), jnp.int32(_FAR)), moved)[
+        0
+    ]
+
+
+def _move(problem: Problem, plan: _Plan, near: Int[Array, " near"], limit: Int[Array, ""]) -> tuple[_Plan, Bool[Array, ""]]:
+    """Moves some of the clients `near` along disjoint shortest paths, one from each node with too many, to nodes with too few.
+
+    Paths are at most `limit` long, which is what moving any other client costs at least. Returns whether there are such paths.
+    """
+    mask, allowed = plan.mask[:, near], problem.allowed[:, near]
+    worth = problem.value[:, near] - plan.prices[:, None]
+    distance, parent, root = _shortest_paths(_costs(problem, plan, mask, allowed, worth), plan.excess)
+    end = _ends(jnp.where(distance <= limit, distance, _FAR), root, plan.excess)
     reach = jnp.minimum(distance, jnp.max(jnp.where(end, distance, 0)))
     on_path = _ancestors(end, parent)
 
     node = jnp.arange(plan.prices.shape[0])
     source = jnp.minimum(parent[:-1], node[-1])
     moves = on_path[:-1] & (parent[:-1] == source) & (source != node)  # the bank's own arcs move nobody
-    loss = jnp.where(plan.mask[source] & ~plan.mask & problem.allowed, worth[source] - worth, _FAR)
-    client = jnp.where(moves, loss.argmin(axis=1), problem.slots.shape[0])
+    loss = jnp.where(mask[source] & ~mask & allowed, worth[source] - worth, _FAR)
+    client = jnp.where(moves, near[loss.argmin(axis=1)], problem.slots.shape[0])
     mask = plan.mask.at[source, client].set(False, mode="drop").at[node, client].set(True, mode="drop")
     prices = jnp.clip(plan.prices - reach[:-1] + reach[-1], -problem.fine, problem.fine)  # matters to unreachable experts only
-    return _Plan(mask, prices, _excess(problem, prices, mask)[1])
+    return _Plan(mask, prices, _excess(problem, prices, mask)[1]), end.any()
 
 
-def _costs(problem: Problem, plan: _Plan, worth) -> Int[Array, "node node"]:
+def _costs(problem: Problem, plan: _Plan, mask, allowed, worth) -> Int[Array, "node node"]:
     """Cost of each arc at the current prices, at least 0: between experts, to the bank and from it."""
-    leave = jnp.where(plan.mask, worth, _FAR)
-    enter = jnp.where(plan.mask | ~problem.allowed, -_FAR, worth)
+    leave = jnp.where(mask, worth, _FAR)
+    enter = jnp.where(mask | ~allowed, -_FAR, worth)
     swap = lax.map(lambda held: jnp.min(held - enter, axis=1), leave)
     taken, _ = _excess(problem, plan.prices, plan.mask)
     fine = problem.fine

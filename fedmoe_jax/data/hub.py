@@ -39,7 +39,7 @@ def read_hub(name: str) -> Arrays:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise ValueError(
-            f"data {name!r} is no file or folder here; to load it from the Hugging Face hub: pip install 'fedmoe-jax[hub]'"
+            f"data {name!r} is no file or folder here; to load it from the Hugging Face hub: pip install '.[hub]' in a checkout"
         ) from None
     path, _, configuration = name.partition(":")
     try:

@@ -46,7 +46,9 @@ def load(name_or_path: str | Path, *, seed: int = 0, test_fraction: float = 0.2)
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) and path.suffix not in (".npz", ".npy", ".gz"):
         arrays = hub.read_hub(text)
     else:
-        raise ValueError(f"data {text}: no such file or folder, and no name of data (digits, package.module:name, hf:NAME)")
+        raise ValueError(
+            f"data {text}: no such file or folder, and no name of data (digits, package.module:name, or owner/name of the Hugging Face hub)"
+        )
     if isinstance(arrays, Dataset):
         return arrays
     return from_arrays(arrays, text, seed=seed, test_fraction=test_fraction)

@@ -151,6 +151,8 @@ def _undata(array, value):
     if array is None:
         abstract = _abstract(value)
         array = np.zeros(abstract.shape, abstract.dtype)
+        if abstract.sharding is not None:
+            array = jax.device_put(array, abstract.sharding)
     if _is_key(value):
         return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(jnp.empty((), value.dtype)))
     return np.asarray(array) if isinstance(value, np.ndarray | np.generic) else jnp.asarray(array)

@@ -36,6 +36,8 @@ def compare(config: TrainConfig, out: str | Path, *, aligners: list[str], seeds:
       UsageError, ValueError: naming what cannot be.
     """
     out = Path(out)
+    if out.is_dir() and any(out.iterdir()):
+        raise UsageError(f"--out {out} is not empty: choose a new folder")
     claim(out, config, resume=False)
     if seeds < 1:
         raise UsageError(f"--seeds is {seeds}, it must be at least 1")

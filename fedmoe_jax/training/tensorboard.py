@@ -16,7 +16,7 @@ def scalars(folder: str) -> Callable[[Any, Record], None]:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise ValueError("tensorboard: install tensorboardX, pip install 'fedmoe-jax[tensorboard]'") from None
+        raise ValueError("tensorboard: install tensorboardX, pip install '.[tensorboard]' in a checkout") from None
     make = functools.cache(lambda: SummaryWriter(folder))  # at the first round, so that a mistake leaves no folder
 
     def callback(state: Any, record: Record) -> None:

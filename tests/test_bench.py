@@ -1,0 +1,41 @@
+"""`fedmoe bench assign`: its families are solved to the optimum, in small; larger sizes are marked slow."""
+
+import json
+
+import pytest
+
+from fedmoe_jax import cli
+from fedmoe_jax.bench import assign
+
+NEARLY_EQUAL = ("near ties", "all equal")
+
+
+def check(clients, experts):
+    """Every case is as good as the optimum of OR-tools; `run` itself compares the violations."""
+    pytest.importorskip("ortools")
+    figures = list(assign.run(clients=clients, experts=experts, repeats=1))
+    gaps = {figure["case"]: figure["value"] for figure in figures if figure["metric"] == "gap"}
+    assert len(gaps) == 26
+    for case, gap in gaps.items():
+        assert -1e-6 <= gap <= (1e-3 if any(name in case for name in NEARLY_EQUAL) else 1e-4), (case, gap)
+    speed = {figure["case"]: figure["ratio"] for figure in figures if figure["metric"] == "seconds" and figure["ratio"]}
+    assert len(speed) == 26 and figures[-1]["value"] == pytest.approx(min(speed.values()))
+
+
+@pytest.mark.parametrize(("clients", "experts"), [(10, 4), (1, 6), (9, 1), (100, 16)])
+def test_every_family_is_solved_to_the_optimum(clients, experts):
+    check(clients, experts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("clients", "experts"), [(1000, 64), (10_000, 64)])
+def test_every_family_is_solved_to_the_optimum_in_large(clients, experts):
+    check(clients, experts)
+
+
+def test_command_prints_one_object_a_line(capsys):
+    assert cli.main(["bench", "assign", "--clients", "12", "--experts", "4", "--repeats", "1", "--reference", "false"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {"bench", "case", "metric", "value", "unit", "against", "ratio", "device", "versions"} == set(lines[0])
+    assert {line["metric"] for line in lines} == {"seconds", "proven gap", "violation", "seconds from the last prices"}
+    assert all(line["value"] <= 1e-2 for line in lines if line["metric"] == "proven gap")
