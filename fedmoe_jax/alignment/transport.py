@@ -183,16 +183,18 @@ def _anneal(smoothings: tuple[float, ...], value, slots, lower, room, prices) ->
 def _repair(problem: Problem, plan: _Plan) -> _Plan:
     """Moves clients along shortest paths: such as need only clients that nearly moved already, else whichever are shortest."""
     num_clients = problem.slots.shape[0]
+
+    def among_all(state):
+        return _move(problem, state[0], jnp.arange(num_clients), jnp.int32(_FAR))
+
     if num_clients <= _NEAR:
-        return _move(problem, plan, jnp.arange(num_clients), jnp.int32(_FAR))[0]
+        return among_all((plan,))[0]
     worth = jnp.where(problem.allowed, problem.value - plan.prices[:, None], -_FAR)
     least, best = jnp.where(plan.mask, worth, _FAR).min(axis=0), jnp.where(plan.mask, -_FAR, worth).max(axis=0)
     margins, near = lax.top_k(jnp.maximum(best - least, -_FAR), _NEAR + 1)
     moved = _move(problem, plan, near[:-1], -margins[-1])
-    # Again a loop of at most one step instead of a cond.
-    return lax.while_loop(lambda state: ~state[1], lambda state: _move(problem, state[0], jnp.arange(num_clients), jnp.int32(_FAR)), moved)[
-        0
-    ]
+    plan, _ = lax.while_loop(lambda state: ~state[1], among_all, moved)  # again a loop of at most one step instead of a cond
+    return plan
 
 
 def _move(problem: Problem, plan: _Plan, near: Int[Array, " near"], limit: Int[Array, ""]) -> tuple[_Plan, Bool[Array, ""]]:
