@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words:
         print("fedmoe: give a command: train, compare, eval, report, profile or bench; see fedmoe --help", file=sys.stderr)
         return 2
-    if words[0] in ("-h", "--help") or (words[0] in ("eval", "report", "profile") and {"-h", "--help"} & set(words)):
+    helpless = words[0] in ("eval", "report", "profile") or words[:2] in (["bench", "-h"], ["bench", "--help"])
+    if words[0] in ("-h", "--help") or (helpless and {"-h", "--help"} & set(words)):
         print(_USAGE, end="")
         return 0
     sys.path.insert(0, os.getcwd())

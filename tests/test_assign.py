@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_jax.alignment import assign
+from fedmoe_jax.alignment import assign, transport
 
 CLIENTS, EXPERTS = 20, 8
 
@@ -228,3 +228,28 @@ def test_bad_arguments_are_refused():
         inspect.unwrap(assign.random)(jax.random.split(jax.random.key(0), 3), slots, EXPERTS)
     with pytest.raises(ValueError, match="num_experts is 0"):
         assign.random(jax.random.key(0), slots, 0)
+
+
+def test_vmap_over_problems_that_need_different_repairs(monkeypatch):
+    """Also where only some of the clients are near a change, and some problems are done before others."""
+    monkeypatch.setattr(transport, "_NEAR", 8)
+    jax.clear_caches()
+    rng = np.random.default_rng(0)
+    names = ["uniform", "near ties", "rank one", "popular", "groups", "all equal", "forbidden", "negative"]
+    fitness = jnp.array(np.stack([family(name, 60, 6, rng) for name in names]))
+    slots, bound = jnp.full(60, 2), jnp.full(6, 20)
+    together = jax.vmap(lambda values: assign.balanced(values, slots, bound, bound))(fitness)
+    for name, mask, values in zip(names, together, fitness, strict=True):
+        np.testing.assert_array_equal(mask, assign.balanced(values, slots, bound, bound), err_msg=name)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e36])
+def test_fitness_of_any_size(scale):
+    values = jnp.array(np.random.default_rng(0).random((1200, 3)) * scale, jnp.float32)
+    mask, info = assign.balanced(values, jnp.ones(1200, int), jnp.full(3, 400), jnp.full(3, 400), return_info=True)
+    assert (mask.sum(0) == 400).all() and info.violation == 0
+    if scale == 0:
+        assert info.gap == 0
+    else:
+        assert np.asarray(values / scale)[np.asarray(mask)].mean() > 0.7

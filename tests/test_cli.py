@@ -152,7 +152,7 @@ def test_other_mistakes_take_one_line(capsys, tmp_path):
     refused(capsys, [], "command")
     refused(capsys, ["bench"], "assign")
     refused(capsys, ["bench", "assign", "--experts", "0"], "experts")
-    for words in (["--help"], ["eval", "--help"], ["report", "-h"], ["profile", "--help"]):
+    for words in (["--help"], ["eval", "--help"], ["report", "-h"], ["profile", "--help"], ["bench", "--help"]):
         assert "train" in printed(capsys, words)
 
 

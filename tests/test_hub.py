@@ -15,7 +15,7 @@ LABELS = np.arange(20) % 4
 def test_hub_extra_is_named_when_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     for name in ("hf:owner/name", "owner/name", "hf:mnist"):
-        message = r"pip install 'fedmoe-jax\[hub\]'"
+        message = r"pip install '\.\[hub\]'"
         with pytest.raises(ValueError, match=message) as caught:
             load(name)
         assert repr(name.removeprefix("hf:")) in str(caught.value)

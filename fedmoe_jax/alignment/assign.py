@@ -141,11 +141,12 @@ def _balanced(fitness, slots, lower, upper, key, prices, return_info):
     spread = jnp.max(fitness, where=allowed, initial=-jnp.inf) - least
     tied = ~(spread > 0)
     steps = transport.resolution(num_experts)
-    deviation = jnp.mean(jnp.abs(fitness - jnp.mean(fitness, where=allowed)), where=allowed)
+    relative = jnp.where(allowed & ~tied, (fitness - least) / jnp.where(tied, 1.0, spread), 0.0)
+    deviation = jnp.mean(jnp.abs(relative - jnp.mean(relative, where=allowed)), where=allowed)
     share = _TIES * math.sqrt(min(fitness.shape[0], 256))  # what breaking ties costs averages out over many clients
-    ties = jnp.where(tied, steps, jnp.clip(share * deviation / spread * steps, 2.0, steps))  # equal fitness leaves all to chance
+    ties = jnp.where(tied, steps, jnp.clip(share * deviation * steps, 2.0, steps))  # equal fitness leaves all to chance
     unit = jnp.where(tied, _TINY * jnp.maximum(jnp.abs(least), _TINY), spread) / steps
-    rounded = jnp.where(tied, 0.0, jnp.round((fitness - least) / unit * (1.0 - ties / steps))).astype(jnp.int32)
+    rounded = jnp.round(relative * (steps - ties)).astype(jnp.int32)
     value = jnp.where(allowed, rounded + (jax.random.uniform(key, fitness.shape) * ties).astype(jnp.int32), 0)
 
     problem = transport.Problem(value.T, allowed.T, slots, lower, upper)
@@ -156,7 +157,7 @@ def _balanced(fitness, slots, lower, upper, key, prices, return_info):
         return mask, None
     load = mask.sum(axis=0)
     gap = _gap(jnp.where(allowed, fitness, 0.0), allowed, mask, lower, upper, prices)
-    return mask, BalancedInfo(jnp.abs(load - jnp.clip(load, lower, upper)).sum(), gap, prices)
+    return mask, BalancedInfo(jnp.abs(load - jnp.clip(load, lower, upper)).sum(), jnp.where(tied, 0.0, gap), prices)
 
 
 def _gap(fitness, allowed, mask, lower, upper, prices) -> Float[Array, ""]:

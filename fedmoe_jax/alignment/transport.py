@@ -185,7 +185,7 @@ def _repair(problem: Problem, plan: _Plan) -> _Plan:
     num_clients = problem.slots.shape[0]
 
     def among_all(state):
-        return _move(problem, state[0], jnp.arange(num_clients), jnp.int32(_FAR))
+        return _move(problem, state[0], jnp.arange(num_clients), jnp.int32(_FAR))[0], jnp.bool_(True)
 
     if num_clients <= _NEAR:
         return among_all((plan,))[0]

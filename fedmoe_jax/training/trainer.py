@@ -154,10 +154,9 @@ class Run:
         while True:
             try:
                 state = jax.tree.map(jnp.copy, self.state) if first else self.state
-                self.state, infos = jax.block_until_ready(self.program(state, self.setup.population, count))
+                with _not_the_users_mistake(f"round {self.done}"):
+                    self.state, infos = jax.block_until_ready(self.program(state, self.setup.population, count))
                 return jax.device_get(infos)
-            except ValueError as error:  # of a program that is run for the first time: no user's input
-                raise RuntimeError(f"round {self.done} failed: {error}") from error
             except jax.errors.JaxRuntimeError as error:
                 if not first or self.chunk == 1 or not is_out_of_memory(error):
                     raise
@@ -167,7 +166,8 @@ class Run:
 
     def _evaluate(self, run: int) -> dict[str, Any]:
         state = self.state if self.width == 1 else jax.tree.map(lambda leaf: leaf[run], self.state)
-        return {name: value for evaluate in self.evaluations for name, value in evaluate(state).items()}
+        with _not_the_users_mistake("evaluation"):
+            return {name: value for evaluate in self.evaluations for name, value in evaluate(state).items()}
 
     def _record(self, round: int, infos: Info, place: tuple[int, int], seconds: float, results: dict[str, Any]) -> Record:
         """A round of one run; the runs of one program took `seconds` together."""
@@ -176,6 +176,15 @@ class Run:
         seconds = seconds / self.width
         speed = dict(wall_seconds=seconds, clients_per_second=float(row.clients) / seconds, peak_memory_bytes=peak_memory_bytes())
         return metrics.record(round, **values, **results, **speed)
+
+
+@contextlib.contextmanager
+def _not_the_users_mistake(what: str) -> Iterator[None]:
+    """Tells a ValueError inside a program, which is traced when it first runs, from one about an argument."""
+    try:
+        yield
+    except ValueError as error:
+        raise RuntimeError(f"{what} failed: {error}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
