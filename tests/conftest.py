@@ -1,5 +1,6 @@
-"""Programs are compiled once for all tests: several compile the same ones."""
+"""What all tests share: programs, which are compiled once, and the script that writes the real data."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -16,3 +17,13 @@ def compiled_once(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The module experiments/shared_data.py."""
+    path = Path(__file__).parents[1] / "experiments" / "shared_data.py"
+    spec = importlib.util.spec_from_file_location("shared_data", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,6 +1,5 @@
 """Training on the real data of experiments/: in full where marked slow, else a small version of each."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,6 @@ from fedmoe_jax.training.config import TrainConfig, from_toml
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data files are not here")
-
-
-@pytest.fixture(scope="module")
-def shared_data():
-    spec = importlib.util.spec_from_file_location("shared_data", REPOSITORY / "experiments" / "shared_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(name, data, out, **changes):

@@ -1,6 +1,5 @@
 """The shared real data, through the files that experiments/shared_data.py writes."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +10,6 @@ from fedmoe_jax.data.sources import load, split
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data files are not here")
-
-
-@pytest.fixture(scope="module")
-def shared_data():
-    spec = importlib.util.spec_from_file_location("shared_data", REPOSITORY / "experiments" / "shared_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_fashion_mnist(shared_data, tmp_path):
