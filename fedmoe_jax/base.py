@@ -194,13 +194,15 @@ class Fitness(NamedTuple):
 class LoadMonitor(NamedTuple):
     """How much each expert has been trained, and how many clients it should get.
 
-    init(num_experts) -> state; bounds(state, slots) -> (lower, upper), Int[expert] each;
-    update(state, held, tokens) -> state.
+    init(num_experts) -> state; bounds(state, slots, wanted) -> (lower, upper), Int[expert] each, `wanted` being the slots
+    that ask for each expert; update(state, held, tokens, wanted) -> state; deficit(state) -> Float[expert], the clients
+    that each expert is behind.
     """
 
     init: Callable[[int], PyTree]
-    bounds: Callable[[PyTree, Int[Array, " client"]], tuple[Int[Array, " expert"], Int[Array, " expert"]]]
-    update: Callable[[PyTree, Int[Array, "client slot"], Int[Array, "client slot"]], PyTree]
+    bounds: Callable[[PyTree, Int[Array, " client"], Float[Array, " expert"]], tuple[Int[Array, " expert"], Int[Array, " expert"]]]
+    update: Callable[[PyTree, Int[Array, "client slot"], Int[Array, "client slot"], Float[Array, " expert"]], PyTree]
+    deficit: Callable[[PyTree], Float[Array, " expert"]]
 
 
 class Aligner(NamedTuple):

@@ -121,7 +121,7 @@ def federated_moe(
             personal = router_rows(parts.experts, population.num_clients, personal_budget_bytes)
         weights = jax.tree.map(jnp.copy, (parts.experts, parts.shared))
         never = jnp.full(experts, -1, jnp.int32)
-        learnt = aligner.init(population.num_clients)
+        learnt = jax.tree.map(jnp.copy, aligner.init(population.num_clients))  # arrays that occur twice cannot be donated
         return State(
             jnp.copy(key), jnp.int32(0), weights[0], weights[1], personal, server_optimizer.init(weights), learnt, jnp.zeros(experts), never
         )

@@ -106,7 +106,7 @@ def test_balanced_stays_within_bounds_for_50_rounds():
     for row in range(50):
         slots = jnp.where(cohorts.present[row], jnp.minimum(cohorts.slots[row], SLOTS), 0)
         before = jax.tree.map(lambda rows, row=row: rows[row], states.load)
-        lower, upper = monitor.bounds(before, slots)
+        lower, upper = monitor.bounds(before, slots, jnp.zeros(EXPERTS))
         clients = held_mask(aligned.held[row], EXPERTS).sum(0)
         assert ((lower <= clients) & (clients <= upper)).all()
     total = np.asarray(held_mask(aligned.held.reshape(-1, SLOTS), EXPERTS).sum(0) * (10 + jnp.arange(EXPERTS)))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_jax.alignment import assign, transport
+from fedmoe_jax.alignment import assign, repair
 
 CLIENTS, EXPERTS = 20, 8
 
@@ -232,7 +232,7 @@ def test_bad_arguments_are_refused():
 
 def test_vmap_over_problems_that_need_different_repairs(monkeypatch):
     """Also where only some of the clients are near a change, and some problems are done before others."""
-    monkeypatch.setattr(transport, "_NEAR", 8)
+    monkeypatch.setattr(repair, "_NEAR", 8)
     jax.clear_caches()
     rng = np.random.default_rng(0)
     names = ["uniform", "near ties", "rank one", "popular", "groups", "all equal", "forbidden", "negative"]

@@ -72,7 +72,7 @@ def balanced(*, num_experts: int, max_slots: int, fitness: Fitness | None = None
     monitor = load_stage.monitor() if load is None else load
 
     def choose(key, state, cohort, score):
-        lower, upper = monitor.bounds(state.load, cohort.slots)
+        lower, upper = monitor.bounds(state.load, cohort.slots, load_stage.wanted(score, cohort.slots))
         mask, info = assign.balanced(score, cohort.slots, lower, upper, key=key, prices=state.prices, return_info=True)
         return mask, info.prices
 
@@ -135,9 +135,11 @@ def _aligner(choose: Choose, num_experts: int, max_slots: int, fitness: Any, loa
 
     def learn(state: AlignerState, cohort: Cohort, alignment: Alignment, feedback: Feedback) -> AlignerState:
         held = jnp.where(cohort.present[:, None], alignment.held, NO_EXPERT)
+        slots = jnp.where(cohort.present, jnp.minimum(cohort.slots, max_slots), 0)
+        wanted = load_stage.wanted(fitness.score(state.fitness, cohort.client), slots)
         return AlignerState(
             fitness.update(state.fitness, cohort, alignment, feedback),
-            load.update(state.load, held, feedback.tokens),
+            load.update(state.load, held, feedback.tokens, wanted),
             state.prices,
         )
 

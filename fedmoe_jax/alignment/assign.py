@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fedmoe_jax.alignment import transport
+from fedmoe_jax.alignment import flow, transport
 
 _TIES = 2.0**-15  # times the root of up to 256 clients: the share of the mean absolute deviation within which ties are broken
 _TINY = 1e-6
@@ -131,7 +131,6 @@ def balanced(
 @functools.partial(jax.jit, static_argnames="return_info")
 def _balanced(fitness, slots, lower, upper, key, prices, return_info):
     """`balanced` on arrays that may be anything: rounds the fitness to integers, solves, and proves the result."""
-    num_experts = fitness.shape[1]
     allowed = jnp.isfinite(fitness)
     slots = jnp.clip(slots, 0, allowed.sum(axis=1)).astype(jnp.int32)
     lower = jnp.maximum(lower, 0).astype(jnp.int32)
@@ -140,7 +139,7 @@ def _balanced(fitness, slots, lower, upper, key, prices, return_info):
     least = jnp.where(allowed.any(), jnp.min(fitness, where=allowed, initial=jnp.inf), 0.0)
     spread = jnp.max(fitness, where=allowed, initial=-jnp.inf) - least
     tied = ~(spread > 0)
-    steps = transport.resolution(num_experts)
+    steps = flow.STEPS
     relative = jnp.where(allowed & ~tied, (fitness - least) / jnp.where(tied, 1.0, spread), 0.0)
     deviation = jnp.mean(jnp.abs(relative - jnp.mean(relative, where=allowed)), where=allowed)
     share = _TIES * math.sqrt(min(fitness.shape[0], 256))  # what breaking ties costs averages out over many clients
@@ -149,8 +148,8 @@ def _balanced(fitness, slots, lower, upper, key, prices, return_info):
     rounded = jnp.round(relative * (steps - ties)).astype(jnp.int32)
     value = jnp.where(allowed, rounded + (jax.random.uniform(key, fitness.shape) * ties).astype(jnp.int32), 0)
 
-    problem = transport.Problem(value.T, allowed.T, slots, lower, upper)
-    start = jnp.clip(jnp.round(jnp.nan_to_num(prices / unit)), -problem.fine, problem.fine).astype(jnp.int32)
+    problem = flow.Problem(value.T, allowed.T, slots, lower, upper)
+    start = jnp.clip(jnp.nan_to_num(prices / unit), -problem.fine, problem.fine)
     mask, found = transport.solve(problem, start)
     mask, prices = mask.T, found * unit
     if not return_info:

@@ -31,7 +31,7 @@ class FitnessState:
 
 
 def solo(
-    *, beta: float = 0.3, alpha: float = 1.0, probes: int = 1, prior: float = 1.0, exploration: float = 0.0, forget: float = 0.0
+    *, beta: float = 0.6, alpha: float = 1.0, probes: int = 1, prior: float = 1.0, exploration: float = 0.0, forget: float = 0.0
 ) -> Fitness:
     """Fitness from each expert used alone on a local batch: s = exp(-alpha solo_loss), in (0, 1] for losses >= 0.
 
@@ -61,7 +61,7 @@ def solo(
     return _moving_average(pairs, beta=beta, prior=prior, exploration=exploration, forget=forget, probes=probes)
 
 
-def loss_driven(*, beta: float = 0.3, alpha: float = 1.0, prior: float = 1.0, exploration: float = 0.0, forget: float = 0.0) -> Fitness:
+def loss_driven(*, beta: float = 0.6, alpha: float = 1.0, prior: float = 1.0, exploration: float = 0.0, forget: float = 0.0) -> Fitness:
     """Fitness from the mean loss of the tokens routed to the expert: s = exp(-alpha loss). Arguments as in `solo`."""
     _check(alpha=alpha)
 
@@ -71,7 +71,7 @@ def loss_driven(*, beta: float = 0.3, alpha: float = 1.0, prior: float = 1.0, ex
     return _moving_average(pairs, beta=beta, prior=prior, exploration=exploration, forget=forget)
 
 
-def accuracy_driven(*, beta: float = 0.3, prior: float = 1.0, exploration: float = 0.0, forget: float = 0.0) -> Fitness:
+def accuracy_driven(*, beta: float = 0.6, prior: float = 1.0, exploration: float = 0.0, forget: float = 0.0) -> Fitness:
     """Fitness from the accuracy of the tokens routed to the expert: s = correct, 0 to 1. Arguments as in `solo`."""
 
     def pairs(alignment: Alignment, feedback: Feedback):
@@ -80,7 +80,7 @@ def accuracy_driven(*, beta: float = 0.3, prior: float = 1.0, exploration: float
     return _moving_average(pairs, beta=beta, prior=prior, exploration=exploration, forget=forget)
 
 
-def usage_driven(*, beta: float = 0.3, prior: float = 1.0, exploration: float = 0.0, forget: float = 0.0) -> Fitness:
+def usage_driven(*, beta: float = 0.6, prior: float = 1.0, exploration: float = 0.0, forget: float = 0.0) -> Fitness:
     """Fitness from the share of the client's tokens routed to the expert, 0 to 1. Arguments as in `solo`.
 
     A held expert that got no token of a client that has some is scored 0: that, too, is usage.

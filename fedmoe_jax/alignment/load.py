@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax.base import NO_EXPERT, LoadMonitor, pytree
 
@@ -14,69 +14,132 @@ _ROUNDING = 1e-4  # a target that should be whole may miss it by the last bits o
 
 @pytree
 class LoadState:
-    """Exponentially decayed sums over rounds: what each expert was trained on, and the pairs that trained it."""
+    """Exponentially decayed sums over rounds, and the rounds since each expert was last trained.
+
+    `load` is what each expert was trained on, `pairs` the client-expert pairs that did it, `asked` the slots that asked
+    for each expert.
+    """
 
     load: Float[Array, " expert"]
     pairs: Float[Array, ""]
+    asked: Float[Array, " expert"]
+    idle: Int[Array, " expert"]
 
 
 def monitor(
-    *, decay: float = 0.9, tolerance: float = 0.1, gain: float = 1.0, count: Literal["tokens", "clients"] = "tokens"
+    *,
+    decay: float = 0.99,
+    tolerance: float = 0.1,
+    gain: float | None = None,
+    demand: float = 0.0,
+    count: Literal["tokens", "clients"] = "tokens",
 ) -> LoadMonitor:
     """Watches the load of the experts and sets the round's bounds on clients per expert.
 
-    load <- decay load + this round's tokens (or clients) of each expert. With S the round's slots in total, N the
-    clients that have any, E experts and m = S / E:
+    load <- decay load + this round's tokens (or clients) of each expert; asked and pairs likewise. With S the round's
+    slots in total, N the clients that have any, E experts and `wanted` the slots that ask for each expert:
 
-        deficit_e = (mean load - load_e) / (load of one pair of client and expert)            in clients
-        target_e  = clip(m + gain deficit_e + shift, 0, min(N, 2 ceil(m))),  shift such that the targets sum to S
+        share_e   = (1 - demand) / E + demand asked_e / sum(asked)
+        deficit_e = (share_e sum(load) - load_e) / (load of one pair of client and expert)        in clients
+        wish_e    = (1 - demand) S / E + demand wanted_e + gain deficit_e
+        target_e  = clip(wish_e + shift, least_e, min(N, 2 ceil(max(S / E, fair part)))),  so that the targets sum to S
         lower_e   = floor((1 - tolerance) target_e)
         upper_e   = min(N, ceil((1 + tolerance) target_e))
 
-    So 0 <= lower <= upper <= N and sum(lower) <= S <= sum(upper). An expert that fell behind gets up to about twice the
-    mean until it has caught up. The load of one pair is the mean over the pairs that the load remembers.
+    where the fair part is wish_e without the deficit. So 0 <= lower <= upper <= N and sum(lower) <= S <= sum(upper). An
+    expert that fell behind gets up to about twice its part until it has caught up. least_e is 0, but 1 for experts that
+    nobody trained for ceil(E / S) rounds, and lower_e is then 1, too: no expert waits longer, if S does not change and
+    clients send it tokens. The load of one pair is the mean over the pairs that the load remembers.
 
     Args:
-      decay: what a round's load still counts one round later, 0 to below 1.
+      decay: what a round's load still counts one round later, 0 to 1. At 1 nothing is forgotten.
       tolerance: how far a round may stray from its targets for the sake of fitness, 0 or more.
-      gain: share of the deficit to make up in one round, 0 or more; above 2 it oscillates.
-      count: what load counts, "tokens" routed to the expert or "clients" that trained it.
+      gain: share of the deficit to make up in one round, 0 or more; above 2 it oscillates. By default 1, but 0 where
+        bounds follow demand: there, making up for tokens that clients did not send costs accuracy.
+      demand: 0 trains all experts evenly, 1 as much as clients ask for them; between, the mixture of both.
+      count: what load counts, "tokens" routed to the expert or "clients" that trained it. That is what comes out even;
+        with clients of unequal size the other does not.
 
     Raises:
       ValueError: if an argument is out of its range.
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay is {decay}, it must be 0 or more and below 1")
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay is {decay}, it must be 0 to 1")
+    if not 0 <= demand <= 1:
+        raise ValueError(f"demand is {demand}, it must be 0 to 1")
     if not 0 <= tolerance < float("inf"):
         raise ValueError(f"tolerance is {tolerance}, it must be 0 or more")
+    gain = float(demand == 0) if gain is None else gain
     if not 0 <= gain < float("inf"):
         raise ValueError(f"gain is {gain}, it must be 0 or more")
     if count not in ("tokens", "clients"):
         raise ValueError(f'count is {count!r}, it must be "tokens" or "clients"')
 
     def init(num_experts: int) -> LoadState:
-        return LoadState(jnp.zeros(num_experts, jnp.float32), jnp.zeros((), jnp.float32))
+        none, nobody = jnp.zeros(num_experts, jnp.float32), jnp.zeros((), jnp.float32)
+        return LoadState(none, nobody, jnp.zeros_like(none), jnp.zeros(num_experts, jnp.int32))
 
-    def bounds(state: LoadState, slots: Int[Array, " client"]) -> tuple[Int[Array, " expert"], Int[Array, " expert"]]:
-        total, clients = slots.sum(dtype=jnp.float32), (slots > 0).sum()
-        mean = total / state.load.shape[0]
+    def fair(wanted: Float[Array, " expert"], total: Float[Array, ""] | float) -> Float[Array, " expert"]:
+        """`total`, shared among the experts: evenly, as they are wanted, or a mixture."""
+        asked = jnp.where(wanted.sum() > 0, wanted, 1.0)
+        return total * ((1.0 - demand) / wanted.shape[0] + demand * asked / asked.sum())
+
+    def deficit(state: LoadState) -> Float[Array, " expert"]:
         pair_load = state.load.sum() / jnp.maximum(state.pairs, 1.0)
-        deficit = (state.load.mean() - state.load) / jnp.where(pair_load > 0, pair_load, 1.0)
-        most = jnp.minimum(clients.astype(jnp.float32), 2.0 * jnp.ceil(mean))
-        target = _project(mean + gain * deficit, total, most)
-        lower = jnp.floor((1.0 - tolerance) * target + _ROUNDING)
-        upper = jnp.minimum(jnp.ceil((1.0 + tolerance) * target - _ROUNDING), clients)
-        return jnp.maximum(lower, 0).astype(jnp.int32), upper.astype(jnp.int32)
+        return (fair(state.asked, state.load.sum()) - state.load) / jnp.where(pair_load > 0, pair_load, 1.0)
 
-    def update(state: LoadState, held: Int[Array, "client slot"], tokens: Int[Array, "client slot"]) -> LoadState:
+    def bounds(
+        state: LoadState, slots: Int[Array, " client"], wanted: Float[Array, " expert"]
+    ) -> tuple[Int[Array, " expert"], Int[Array, " expert"]]:
+        num_experts = state.load.shape[0]
+        total, clients = slots.sum(dtype=jnp.float32), (slots > 0).sum()
+        part = fair(wanted, total)
+        most = jnp.minimum(clients.astype(jnp.float32), 2.0 * jnp.ceil(jnp.maximum(part, total / num_experts)))
+        least = _overdue(state.idle, total).astype(jnp.float32)
+        target = _project(part + gain * deficit(state), total, least, jnp.maximum(most, least))
+        lower = jnp.maximum(jnp.floor((1.0 - tolerance) * target + _ROUNDING), least)
+        upper = jnp.minimum(jnp.ceil((1.0 + tolerance) * target - _ROUNDING), clients)
+        return lower.astype(jnp.int32), upper.astype(jnp.int32)
+
+    def update(
+        state: LoadState, held: Int[Array, "client slot"], tokens: Int[Array, "client slot"], wanted: Float[Array, " expert"]
+    ) -> LoadState:
         num_experts = state.load.shape[0]
         filled = (held != NO_EXPERT) & (tokens > 0)
-        amount = jnp.where(filled, tokens if count == "tokens" else 1, 0).astype(jnp.float32)
-        bucket = jnp.where(filled, held, num_experts)
-        new = jax.ops.segment_sum(amount.reshape(-1), bucket.reshape(-1), num_segments=num_experts + 1)[:-1]
-        return LoadState(decay * state.load + new, decay * state.pairs + filled.sum())
+        bucket = jnp.where(filled, held, num_experts).reshape(-1)
 
-    return LoadMonitor(init, bounds, update)
+        def of_experts(amount):
+            return jax.ops.segment_sum(amount.astype(jnp.float32).reshape(-1), bucket, num_segments=num_experts + 1)[:-1]
+
+        pairs = of_experts(filled)
+        new = of_experts(tokens) if count == "tokens" else pairs
+        idle = jnp.where(pairs > 0, 0, state.idle + 1)
+        asked = decay * state.asked + wanted if demand else state.asked
+        return LoadState(decay * state.load + new, decay * state.pairs + filled.sum(), asked, idle)
+
+    return LoadMonitor(init, bounds, update, deficit)
+
+
+def wanted(score: Float[Array, "client expert"], slots: Int[Array, " client"]) -> Float[Array, " expert"]:
+    """How many slots ask for each expert: what greedy choice would fill, equally fit experts sharing what is left.
+
+    Scores must be finite; sums to the slots, where no client has more than there are experts.
+    """
+    num_experts = score.shape[1]
+    slots = jnp.minimum(slots, num_experts)[:, None]
+    ranked = jnp.sort(score, axis=1, descending=True)
+    threshold = jnp.take_along_axis(ranked, jnp.maximum(slots - 1, 0), axis=1)
+    above, equal = score > threshold, score == threshold
+    left = (slots - above.sum(axis=1, keepdims=True)) / equal.sum(axis=1, keepdims=True)
+    return jnp.where(slots > 0, above + equal * left, 0.0).sum(axis=0)
+
+
+def _overdue(idle: Int[Array, " expert"], total: Float[Array, ""]) -> Bool[Array, " expert"]:
+    """The experts idle for as many rounds as the slots take to serve all, but no more of them than there are slots."""
+    num_experts = idle.shape[0]
+    patience = jnp.ceil(num_experts / jnp.maximum(total, 1.0))
+    rank = jnp.argsort(jnp.argsort(-idle))
+    return (idle >= patience) & (rank < total)
 
 
 def coefficient_of_variation(x: Float[Array, " expert"] | Int[Array, " expert"]) -> Float[Array, ""]:
@@ -86,14 +149,34 @@ def coefficient_of_variation(x: Float[Array, " expert"] | Int[Array, " expert"])
     return jnp.where(mean > 0, x.std() / jnp.where(mean > 0, mean, 1.0), 0.0)
 
 
-def _project(wish: Float[Array, " expert"], total: Float[Array, ""], most: Float[Array, ""]) -> Float[Array, " expert"]:
-    """clip(wish + shift, 0, most), with the shift that makes it sum to `total`, found by bisection."""
+def gini(x: Float[Array, " expert"] | Int[Array, " expert"]) -> Float[Array, ""]:
+    """Gini coefficient: half the mean absolute difference of two experts over the mean, 0 (even) to 1 - 1/E (all in one)."""
+    x = jnp.sort(x.astype(jnp.float32))
+    total = x.sum()
+    rank = jnp.arange(x.shape[0]) + 1 - 0.5 * (x.shape[0] + 1)
+    return jnp.where(total > 0, 2.0 * (rank * x).sum() / (x.shape[0] * jnp.where(total > 0, total, 1.0)), 0.0)
+
+
+def normalized_entropy(x: Float[Array, " expert"] | Int[Array, " expert"]) -> Float[Array, ""]:
+    """Entropy of the shares over log E, 1 (even) to 0 (all in one); 1 for one expert and when everything is 0."""
+    x = x.astype(jnp.float32)
+    total = x.sum()
+    if x.shape[0] == 1:
+        return jnp.ones(())
+    share = x / jnp.where(total > 0, total, 1.0)
+    return jnp.where(total > 0, jax.scipy.special.entr(share).sum() / jnp.log(x.shape[0]), 1.0)
+
+
+def _project(
+    wish: Float[Array, " expert"], total: Float[Array, ""], least: Float[Array, " expert"], most: Float[Array, " expert"]
+) -> Float[Array, " expert"]:
+    """clip(wish + shift, least, most), with the shift that makes it sum to `total`, found by bisection."""
 
     def halve(_, interval):
         low, high = interval
         middle = 0.5 * (low + high)
-        below = jnp.clip(wish + middle, 0.0, most).sum() < total
+        below = jnp.clip(wish + middle, least, most).sum() < total
         return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
-    low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, (-wish.max(), most - wish.min()))
-    return jnp.clip(wish + 0.5 * (low + high), 0.0, most)
+    low, high = jax.lax.fori_loop(0, _BISECTIONS, halve, ((least - wish).min(), (most - wish).max()))
+    return jnp.clip(wish + 0.5 * (low + high), least, most)

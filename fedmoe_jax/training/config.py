@@ -81,7 +81,7 @@ class TrainConfig:
     """Who trains which expert: random, greedy, load_only, balanced, full, or package.module:name."""
     fitness: str = "solo"
     """Feedback that scores a client-expert pair: solo, loss, accuracy or usage."""
-    beta: float = 0.3
+    beta: float = 0.6
     """Weight of the newest feedback in the fitness, above 0 and at most 1."""
     probes: int = 1
     """Experts that a client tries each round without training them."""

@@ -1,0 +1,125 @@
+"""Do aligners find hidden tasks? Clients of one task see the same permutation of the labels, which inputs do not reveal.
+
+    python experiments/planted.py --sizes 37 18 12 10 7 6 5 5 --rounds 150 --seeds 5 --out experiments/results/demand.json
+
+One run for each aligner, router and seed; written are means over the seeds of: the share of experts that two clients of one
+task and of two tasks have in common, cumulative token CV and least-trained expert over the mean, accuracy of clients on
+their own test examples with the experts that they would be assigned, mean and worst decile.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import fedmoe_jax as fm
+from fedmoe_jax.alignment import fitness, load
+from fedmoe_jax.base import NO_EXPERT, Cohort
+from fedmoe_jax.experts import RouterParam, Slots, bind, gather, held_mask
+
+EXPERTS, SLOTS, CLASSES = 8, 2, 10
+ROUTERS = {"personal": {"router": "personal"}, "fitness prior": {"router_prior": 10.0}}
+
+
+def solo():
+    return fitness.solo(probes=2)
+
+
+ALIGNERS = {
+    "greedy": lambda: fm.alignment.greedy(num_experts=EXPERTS, max_slots=SLOTS, fitness=solo()),
+    **{
+        f"balanced, demand {demand}": lambda demand=demand: fm.alignment.balanced(
+            num_experts=EXPERTS, max_slots=SLOTS, fitness=solo(), load=load.monitor(demand=demand)
+        )
+        for demand in (0.0, 0.5, 0.75, 1.0)
+    },
+}
+
+
+def clients_of_tasks(sizes, *, seed, train=200, test=50, features=16, noise=0.7):
+    """The task of each client, a population of training examples and one of test examples."""
+    draw = np.random.default_rng(seed)
+    centres = draw.normal(size=(CLASSES, features))
+    task = np.repeat(np.arange(len(sizes)), sizes)
+    draw.shuffle(task)
+    permutation = np.stack([draw.permutation(CLASSES) for _ in sizes])
+    each = train + test
+    y = draw.integers(0, CLASSES, (len(task), each))
+    x = centres[y] + noise * draw.normal(size=(len(task), each, features))
+    x, y = x.reshape(-1, features).astype(np.float32), permutation[task[:, None], y].reshape(-1).astype(np.int32)
+    first = each * np.arange(len(task))[:, None]
+    populations = (fm.Population.from_arrays(x, y, list(first + rows)) for rows in (np.arange(train), np.arange(train, each)))
+    return task, *populations
+
+
+def run(task, population, holdout, aligner, *, rounds, seed, **options):
+    """Trains and measures one model."""
+    model = fm.models.create(
+        "mlp", input_shape=(16,), num_classes=CLASSES, num_experts=EXPERTS, top_k=1, seed=seed, hidden=32, expert_hidden=32
+    )
+    algorithm = fm.federated_moe(
+        model, fm.models.losses.cross_entropy, client_optimizer=optax.sgd(0.3), server_optimizer=optax.sgd(1.0), aligner=aligner,
+        cohort_size=20, local_epochs=1, batch_size=20, solo_examples=40, **options,
+    )  # fmt: skip
+    state = algorithm.init(jax.random.key(seed), population)
+    state, info = fm.rounds(algorithm.step, rounds)(state, population, rounds)
+    everyone = jnp.arange(len(task))
+    cohort = Cohort(everyone, jnp.ones(len(task), bool), jnp.full(len(task), SLOTS))
+    alignment, _ = aligner.align(jax.random.key(seed), state.aligner, cohort)
+    mask = np.asarray(held_mask(alignment.held, EXPERTS)).astype(int)
+    common = mask @ mask.T / SLOTS
+    same, other = task[:, None] == task, ~np.eye(len(task), dtype=bool)
+    prior = options.get("router_prior", 0.0) * (alignment.fitness - alignment.fitness_mean[:, None])
+    accuracy = np.asarray(jax.jit(_accuracy(fm.partition(model)))(state, holdout, everyone, alignment.held, prior))
+    return {
+        "common_same_task": common[same & other].mean(),
+        "common_other_task": common[~same].mean(),
+        "load_cv_total": float(info.load_cv_total[-1]),
+        "least_trained": float(state.tokens.min() / state.tokens.mean()),
+        "client_accuracy_mean": accuracy.mean(),
+        "client_accuracy_p10": np.quantile(accuracy, 0.1),
+    }
+
+
+def _accuracy(parts):
+    def one(state, holdout, client, held, prior):
+        experts = gather(state.experts, held)
+        if state.personal is not None:
+            own = jax.tree.map(lambda rows: rows[client, jnp.maximum(held, 0)], state.personal)
+            experts = nnx.merge_state(own, nnx.split_state(experts, RouterParam, ...)[1])
+        batch = holdout.batch(client, jnp.arange(holdout.max_examples))
+        model = bind(parts, experts, state.shared, Slots(held != NO_EXPERT, prior, batch.mask))
+        _, aux = fm.models.losses.cross_entropy(model, batch, state.key)
+        return jnp.where(batch.mask, aux["correct"], 0).sum() / batch.mask.sum()
+
+    return jax.vmap(one, in_axes=(None, None, 0, 0, 0))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[13, 13, 13, 13, 12, 12, 12, 12], help="clients of each task")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    results = []
+    for aligner, make in ALIGNERS.items():
+        for router, options in ROUTERS.items():
+            runs = [
+                run(*clients_of_tasks(arguments.sizes, seed=seed), make(), rounds=arguments.rounds, seed=seed, **options)
+                for seed in range(arguments.seeds)
+            ]
+            means = {name: round(float(np.mean([r[name] for r in runs])), 4) for name in runs[0]}
+            results.append({"aligner": aligner, "router": router, **means})
+            print(results[-1], flush=True)
+    about = dict(sizes=arguments.sizes, rounds=arguments.rounds, seeds=arguments.seeds, jax=jax.__version__)
+    arguments.out.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Nearly optimal prices of experts, by Newton's method on the smoothed dual of the transportation problem."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from fedmoe_jax.alignment import flow
+from fedmoe_jax.alignment.flow import Problem
+
+_UNITS = 1 << 18  # of an integer to a value of 1
+_SHRINK = 10.0**-0.5
+_SMOOTHING = tuple(0.1 * _SHRINK**level for level in range(11))  # relative to the range of values
+_COARSE, _SAMPLE = 4, 1024  # the first few smoothings need about so many clients only
+_NEWTON_STEPS = 10  # at most, for each smoothing
+
+
+def prices(problem: Problem, start: Int[Array, " expert"]) -> Int[Array, " expert"]:
+    """Nearly optimal prices: those of a problem in which clients waver within `smoothing` of their threshold.
+
+    A client holds sigmoid((value - price - threshold) / smoothing) of an expert, its threshold being such that it fills
+    its slots; an expert has lower + (upper - lower) sigmoid(price / smoothing) clients. Newton's method solves for
+    prices and thresholds, eliminating the thresholds, while the smoothing shrinks.
+    """
+    num_clients = problem.slots.shape[0]
+    value = jnp.where(problem.allowed, problem.value / problem.steps, -1e3)
+    slots, lower, room = (x.astype(jnp.float32) for x in (problem.slots, problem.lower, problem.upper - problem.lower))
+    with_slots = jnp.cumsum(problem.slots > 0)
+    some = jnp.searchsorted(with_slots, jnp.linspace(1, with_slots[-1], min(_SAMPLE, num_clients)).astype(jnp.int32))
+    share = slots[some].sum() / jnp.maximum(slots.sum(), 1.0)
+    prices = jnp.clip(start / problem.steps, -1.0, 1.0)
+    prices = _anneal(_SMOOTHING[:_COARSE], value[:, some], slots[some], share * lower, share * room, prices)
+    prices = _anneal(_SMOOTHING[_COARSE:], value, slots, lower, room, prices)
+    free = (problem.lower < problem.upper) & (jnp.abs(prices) < 20.0 * _SMOOTHING[-1])
+    return jnp.round(jnp.where(free, 0.0, prices) * problem.steps).astype(jnp.int32)
+
+
+def _anneal(smoothings: tuple[float, ...], value, slots, lower, room, prices) -> Float[Array, " expert"]:
+    """Newton's method for one smoothing after the other, from prices near those of the first."""
+
+    def step(smoothing, state):
+        prices, thresholds, _, count = state
+        hold = jax.nn.sigmoid((value - prices[:, None] - thresholds) / smoothing)
+        full = jax.nn.sigmoid(prices / smoothing)
+        slope = hold * (1.0 - hold)
+        steepness = slope.sum(axis=0) + 1e-3
+        row, column = hold.sum(axis=0) - slots, hold.sum(axis=1) - lower - room * full
+        part = slope / steepness
+        diagonal = slope.sum(axis=1) + room * full * (1.0 - full)
+        damping = 1e-2 + 1e-3 * diagonal.mean()
+        hessian = jnp.diag(diagonal + damping) - jnp.matmul(part, slope.T, precision=lax.Precision.HIGHEST)
+        solution = jax.scipy.linalg.solve(hessian, column - part @ row, assume_a="pos")
+        change = jnp.clip(jnp.nan_to_num(solution), -4.0, 4.0)
+        correction = jnp.clip((row - change @ slope) / steepness, -6.0, 6.0)
+        prices, thresholds = prices + smoothing * change, thresholds + smoothing * correction
+        return prices, thresholds, jnp.abs(column).max(), count + 1
+
+    def unsettled(state):
+        _, _, worst, count = state
+        return (worst > tolerance) & (count < _NEWTON_STEPS)
+
+    def level(carry, smoothing):
+        prices, thresholds = carry
+        free = (room > 0) & (jnp.abs(prices) < 5.0 * smoothing / _SHRINK)  # prices that are 0 but for the smoothing
+        state = (jnp.where(free, _SHRINK * prices, prices), thresholds, jnp.inf, 0)
+        return lax.while_loop(unsettled, functools.partial(step, smoothing), state)[:2], None
+
+    tolerance = jnp.maximum(0.01 * slots.sum() / value.shape[0], 0.5)  # clients that an expert may be off
+    worth = value - prices[:, None]
+    least = flow.least((worth * _UNITS).astype(jnp.int32), slots.astype(jnp.int32)) / _UNITS
+    start = prices, jnp.where(slots > 0, least - 0.5 * smoothings[0], worth.max(axis=0) + smoothings[0])
+    (prices, _), _ = lax.scan(level, start, jnp.array(smoothings, jnp.float32))
+    return prices
