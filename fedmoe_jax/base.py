@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform, runt
 import jax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from fedmoe_jax import devices
+
 NO_EXPERT = -1
 """What `Alignment.held` and `Alignment.probed` contain in an empty slot."""
 
@@ -73,6 +75,40 @@ class ClientProfile:
     memory_bytes: Float[Array, " client"]
     downlink_bytes_per_second: Float[Array, " client"]
     uplink_bytes_per_second: Float[Array, " client"]
+
+    @classmethod
+    def sample(cls, key: Key[Array, ""], n: int, source: "str | ClientProfile" = "phones") -> "ClientProfile":
+        """Draws the profiles of `n` clients, independently of each other: a function of `key` and of nothing hidden.
+
+        Args:
+          key: of the draw.
+          n: number of clients, at least 1; static under jit.
+          source: "phones", real phones and networks from the data of FLASH [1], with the assumptions that
+            `fedmoe_jax.devices` states; "tiers", three made-up kinds of phone with equal chances; "uniform", the same
+            plain phone for all, whatever the key; or a profile, whose rows are drawn with equal chances and whole.
+
+        Returns:
+          One entry a client: float32 FLOP/s, bytes of memory, downlink and uplink bytes/s.
+
+        Raises:
+          ValueError: if `n` < 1, or `source` is unknown or a profile without rows or with columns of unequal length.
+
+        References:
+          [1] C. Yang et al., "Characterizing Impacts of Heterogeneity in Federated Learning upon Large-Scale Smartphone
+              Data", WWW 2021.
+        """
+        if n < 1:
+            raise ValueError(f"n is {n}, it must be at least 1")
+        if isinstance(source, ClientProfile):
+            shapes = {column.shape for column in jax.tree.leaves(source)}
+            rows = next(iter(shapes))
+            if len(shapes) > 1 or len(rows) != 1 or rows == (0,):
+                raise ValueError(f"source has columns of shape {sorted(shapes)}, they must be of one length, at least 1")
+            row = jax.random.randint(key, (n,), 0, rows[0])
+            return jax.tree.map(lambda column: column[row], source)
+        if source not in devices.SOURCES:
+            raise ValueError(f"source is {source!r}, it must be {', '.join(devices.SOURCES)} or a ClientProfile")
+        return cls(*devices.SOURCES[source](key, n))
 
 
 @pytree

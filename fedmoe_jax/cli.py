@@ -17,7 +17,8 @@ _USAGE = """usage: fedmoe COMMAND ...
   compare [CONFIG.toml] --aligners A B ... --seeds N --out DIR     several aligners on the same seeds
   eval DIR [--data DATA]                                accuracy of a run's model, also on other data
   report DIR                                            writes DIR/report.html again
-  profile                                               what this machine can afford as a client, as JSON
+  profile                                               what this machine can afford as a client, as one line of JSON;
+                                                        lines of several, with link speeds, are a file for train --profile
   bench assign [--clients N --experts E]                quality and speed of the assignment, one JSON line a figure
 """
 

@@ -8,11 +8,12 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fedmoe_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES = 320
-FOUNDATION = {"base", "experts", "kernels", "sampling"}
+FOUNDATION = {"devices", "base", "experts", "kernels", "sampling"}
 STAGES = {"alignment", "local", "aggregation", "nn"}
 EDGE = {"training", "distributed", "deploy"}
 MAY_IMPORT = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
+    "devices": set(),
     **{stage: FOUNDATION | {stage} for stage in STAGES},
     "models": FOUNDATION | {"nn", "models"},
     "data": {"data"},
@@ -66,7 +67,9 @@ def module(request):
 
 
 def test_the_package_is_there():
-    assert {"base", "experts", "kernels", "sampling", "round", "alignment", "local", "aggregation", "nn"} <= {layer(p) for p in MODULES}
+    assert {"devices", "base", "experts", "kernels", "sampling", "round", "alignment", "local", "aggregation", "nn"} <= {
+        layer(p) for p in MODULES
+    }
 
 
 def test_file(module):
@@ -92,6 +95,7 @@ def test_file(module):
         ("nn/x.py", "import fedmoe_jax.aggregation.mean"),
         ("aggregation/x.py", "from ..alignment import assign"),
         ("base.py", "from fedmoe_jax.round import State"),
+        ("devices.py", "from fedmoe_jax.base import ClientProfile"),
         ("round.py", "from fedmoe_jax.training import metrics"),
         ("training/x.py", "def f():\n    from fedmoe_jax import cli"),
         ("models/x.py", "from fedmoe_jax.alignment import fitness"),

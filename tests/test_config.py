@@ -153,7 +153,15 @@ IMPOSSIBLE = [
     *[(name, float("nan")) for name in ("prox", "router_prior", "tolerance", "balance_weight")],
     *[(name, "nonsense") for name in config_module._NAMES],
     *[("cohort", 101), ("slots", 9), ("top_k", 9), ("probes", 9), ("beta", 1.5), ("target", 1.5), ("seed", 2**32)],
-    *[("data", ""), ("model", " "), ("init_from", ""), ("split", "my.module:split"), ("model", "module:"), ("model", "a b:c")],
+    *[
+        ("data", ""),
+        ("model", " "),
+        ("init_from", ""),
+        ("split", "my.module:split"),
+        ("model", "module:"),
+        ("model", "a b:c"),
+        ("model", "a.json"),
+    ],
 ]
 
 
@@ -167,7 +175,11 @@ def test_validate_refuses_the_impossible(name, value):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"slots": 8}, {"cohort": 100}, {"probes": 8}, {"top_k": 8}, {"tolerance": 0.0}, {"beta": 1.0}, {"profile": "a.b:c"}]
+    "fields",
+    [
+        *[{"slots": 8}, {"cohort": 100}, {"probes": 8}, {"top_k": 8}, {"tolerance": 0.0}, {"beta": 1.0}],
+        *[{"profile": name} for name in ("uniform", "tiers", "phones", "a.b:c", "a/b.json", "c:b.jsonl")],
+    ],
 )
 def test_validate_takes_the_limits(fields):
     validate(dataclasses.replace(TrainConfig(), **fields))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedmoe_jax.base import ClientProfile
 from fedmoe_jax.data.population import Population
+from fedmoe_jax.devices import PLAIN
 
 NUM_EXAMPLES, NUM_CLIENTS = 12, 5
 
@@ -79,6 +80,8 @@ def test_default_profile_has_one_positive_entry_a_client():
     population = Population.from_arrays(*arrays(), [np.array([0]), np.array([1])])
     for values in jax.tree.leaves(population.profile):
         assert values.shape == (2,) and (values > 0).all() and jnp.isfinite(values).all()
+    for values, plain in zip(jax.tree.leaves(population.profile), PLAIN, strict=True):
+        np.testing.assert_array_equal(values, np.float32(plain))
 
 
 def test_given_profile_is_kept():

@@ -2,16 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax.base import ClientProfile, RoundCost
-
-TIERS = {
-    "small": (2e10, 2e9, 2.5e6, 0.6e6),
-    "medium": (1e11, 4e9, 10e6, 2.5e6),
-    "large": (5e11, 12e9, 40e6, 10e6),
-}
-"""FLOP/s, bytes of memory, downlink and uplink bytes/s of three kinds of phone. Round numbers, not measurements."""
+from fedmoe_jax.devices import PLAIN
 
 
 def seconds(
@@ -88,12 +82,12 @@ def slots(
 def uniform(
     num_clients: int,
     *,
-    flops_per_second: float = 1e11,
-    memory_bytes: float = 4e9,
-    downlink_bytes_per_second: float = 10e6,
-    uplink_bytes_per_second: float = 2.5e6,
+    flops_per_second: float = PLAIN.flops_per_second,
+    memory_bytes: float = PLAIN.memory_bytes,
+    downlink_bytes_per_second: float = PLAIN.downlink_bytes_per_second,
+    uplink_bytes_per_second: float = PLAIN.uplink_bytes_per_second,
 ) -> ClientProfile:
-    """Clients that all can afford the same. The defaults are those of a plain phone, in round numbers.
+    """Clients that all can afford the same. The defaults are those of a plain phone, `devices.PLAIN`.
 
     Raises:
       ValueError: if a number is not positive.
@@ -104,21 +98,9 @@ def uniform(
         "downlink_bytes_per_second": downlink_bytes_per_second,
         "uplink_bytes_per_second": uplink_bytes_per_second,
     }
-    _check_num_clients(num_clients)
+    if num_clients < 1:
+        raise ValueError(f"num_clients is {num_clients}, it must be at least 1")
     for name, number in numbers.items():
         if not number > 0:
             raise ValueError(f"{name} is {number}, it must be positive")
     return ClientProfile(**{name: jnp.full(num_clients, number, jnp.float32) for name, number in numbers.items()})
-
-
-def tiers(key: Key[Array, ""], num_clients: int) -> ClientProfile:
-    """Clients of the three `TIERS`, small, medium or large, drawn with equal chances."""
-    _check_num_clients(num_clients)
-    table = jnp.array(list(TIERS.values()), jnp.float32)
-    rows = table[jax.random.randint(key, (num_clients,), 0, len(TIERS))]
-    return ClientProfile(*rows.T)
-
-
-def _check_num_clients(num_clients: int) -> None:
-    if num_clients < 1:
-        raise ValueError(f"num_clients is {num_clients}, it must be at least 1")

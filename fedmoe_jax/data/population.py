@@ -2,16 +2,12 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 from fedmoe_jax.base import Batch, ClientProfile, pytree, static
-
-_FLOPS_PER_SECOND = 1e11
-_MEMORY_BYTES = 4e9
-_DOWNLINK_BYTES_PER_SECOND = 1e7
-_UPLINK_BYTES_PER_SECOND = 2.5e6
 
 
 @pytree
@@ -52,7 +48,7 @@ class Population:
           x, y: one example a row; numbers.
           client_indices: for each client the rows that it owns; may be empty. No row has two owners; a row may have
             none.
-          profile: one entry a client; None is the same profile for all (100 GFLOP/s, 4 GB, 10 MB/s down, 2.5 MB/s up).
+          profile: one entry a client; None is the same plain phone for all (`devices.PLAIN`).
 
         Raises:
           ValueError: if the argument that it names has a wrong dtype, length or index.
@@ -67,7 +63,7 @@ class Population:
         order, sizes = _index(client_indices, len(x))
         num_clients = len(sizes)
         if profile is None:
-            profile = _uniform_profile(num_clients)
+            profile = ClientProfile.sample(jax.random.key(0), num_clients, source="uniform")
         for name, values in vars(profile).items():
             if values.shape != (num_clients,):
                 raise ValueError(f"profile.{name} must have shape ({num_clients},), one entry a client, not {values.shape}")
@@ -130,12 +126,3 @@ def _index(client_indices, num_examples):
     if owners.max() > 1:
         raise ValueError(f"client_indices must give each example to at most one client, and example {owners.argmax()} is there twice")
     return order, sizes
-
-
-def _uniform_profile(num_clients):
-    return ClientProfile(
-        flops_per_second=jnp.full(num_clients, _FLOPS_PER_SECOND),
-        memory_bytes=jnp.full(num_clients, _MEMORY_BYTES),
-        downlink_bytes_per_second=jnp.full(num_clients, _DOWNLINK_BYTES_PER_SECOND),
-        uplink_bytes_per_second=jnp.full(num_clients, _UPLINK_BYTES_PER_SECOND),
-    )

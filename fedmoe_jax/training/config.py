@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedmoe_jax.devices import SOURCES
 from fedmoe_jax.training import fields
 from fedmoe_jax.training.fields import Options, UsageError, to_toml
 
@@ -18,7 +19,8 @@ MODELS = ("mlp", "resnet", "transformer")
 ALIGNERS = ("random", "greedy", "load_only", "balanced", "full")
 FITNESSES = ("solo", "loss", "accuracy", "usage")
 ROUTERS = ("shared", "personal", "statistics")
-PROFILES = ("uniform", "tiers")
+PROFILES = tuple(SOURCES)
+PROFILE_FILES = (".json", ".jsonl")
 ENGINES = ("auto", "primal")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adam", "adamw", "lion", "rmsprop", "yogi")
@@ -92,7 +94,7 @@ class TrainConfig:
     tolerance: float = 0.1
     """How far clients per expert may be from even, as a share."""
     profile: str = "uniform"
-    """What clients can afford: uniform, tiers (small, medium and large), or package.module:name."""
+    """What clients can afford: uniform, tiers (three kinds), phones (real ones), a .json or .jsonl file, or package.module:name."""
     deadline: float | None = None
     """Seconds that a client has for a round; no limit if not given."""
     engine: str = "auto"
@@ -185,8 +187,11 @@ def _text(name, value):
     known = _NAMES.get(name)
     if known is None or value in known or (name in _CUSTOM and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value)):
         return None
+    if name == "profile" and value.endswith(PROFILE_FILES):
+        return None
+    file = f", a file that ends in {' or '.join(PROFILE_FILES)}" if name == "profile" else ""
     custom = " or package.module:name" if name in _CUSTOM else ""
-    return f"{value!r} is unknown{fields.nearest(value, known).removesuffix('?')}; expected {', '.join(known)}{custom}"
+    return f"{value!r} is unknown{fields.nearest(value, known).removesuffix('?')}; expected {', '.join(known)}{file}{custom}"
 
 
 def from_toml(path: str | Path, cls: type = TrainConfig) -> dict[str, Any]:

@@ -13,7 +13,8 @@ _REPEATS = 5
 def measure() -> dict[str, Any]:
     """This machine's ClientProfile fields: float32 matmul rate (best of five) and total device memory.
 
-    The links are None: they depend on the server that a client talks to, so state them yourself.
+    The links are None: they depend on the server that a client talks to, so state them yourself, in bytes per second. Such
+    objects of several machines, one a line, are a file for `fedmoe train --profile FILE`; see `training.profiles`.
     """
     from fedmoe_jax.training.trainer import memory_bytes
 

@@ -13,8 +13,8 @@ import optax
 from flax import nnx
 
 from fedmoe_jax import alignment, models
-from fedmoe_jax.alignment import capacity, fitness, load
-from fedmoe_jax.base import Aligner, ClientProfile, Cohort, Fitness
+from fedmoe_jax.alignment import fitness, load
+from fedmoe_jax.base import Aligner, ClientProfile, Cohort, Fitness, stage_key
 from fedmoe_jax.data import partition as splits
 from fedmoe_jax.data import sources
 from fedmoe_jax.data.population import Population
@@ -24,7 +24,8 @@ from fedmoe_jax.local.cost import round_cost
 from fedmoe_jax.local.plan import chunk_size
 from fedmoe_jax.local.primal import num_processed
 from fedmoe_jax.round import Algorithm, State, admit, federated_moe
-from fedmoe_jax.training.config import MODELS, TrainConfig, num_clients
+from fedmoe_jax.training import profiles
+from fedmoe_jax.training.config import MODELS, PROFILE_FILES, TrainConfig, num_clients
 from fedmoe_jax.training.metrics import write_bytes
 
 LOCAL_TEST_FRACTION = 0.2
@@ -217,11 +218,15 @@ def client_optimizer(config: TrainConfig) -> Callable[[Any], optax.GradientTrans
 
 
 def _profile(config: TrainConfig, num_clients: int) -> ClientProfile:
-    if ":" in config.profile:
+    """What each client can afford; a file of as many clients gives client i its row i, and is drawn from otherwise."""
+    source: str | ClientProfile = config.profile
+    if config.profile.endswith(PROFILE_FILES):
+        source = profiles.read(config.profile)
+        if len(source.memory_bytes) == num_clients:
+            return source
+    elif ":" in config.profile:
         return foreign(config.profile, "profile", ClientProfile, num_clients=num_clients)
-    if config.profile == "tiers":
-        return capacity.tiers(jax.random.key(config.seed), num_clients)
-    return capacity.uniform(num_clients)
+    return ClientProfile.sample(stage_key(jax.random.key(config.seed), "profile"), num_clients, source=source)
 
 
 def save_weights(path: Path, state: State) -> None:
