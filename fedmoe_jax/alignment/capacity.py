@@ -15,8 +15,9 @@ def seconds(
     *,
     examples: Int[Array, " client"] | None = None,
     probes: int | Int[Array, " client"] = 0,
+    downloads: Float[Array, " client"] | Int[Array, " client"] | None = None,
 ) -> Float[Array, " client"]:
-    """How long each client's round takes: download, then local training, then upload.
+    """How long each client's round takes by its profile: download, then local training, then upload.
 
     The client downloads the shared part and `slots + probes` experts, scores each of them alone where that is part of
     `cost`, trains the shared part and `slots` experts on `examples` examples, and uploads the shared part and `slots` experts.
@@ -26,13 +27,15 @@ def seconds(
       cost: what the shared part and each expert cost.
       slots: experts that each client holds; 0 is allowed.
       examples: examples that each client processes in the round, all epochs together; default 1.
-      probes: unheld experts that each client downloads to try them. Clients without slots try none.
+      probes: unheld experts that each client tries. Clients without slots try none.
+      downloads: experts that each client downloads, where it still has some; default `slots + probes`.
     """
-    downloads = slots + jnp.where(slots > 0, probes, 0)
+    tried = slots + jnp.where(slots > 0, probes, 0)
+    downloads = tried if downloads is None else downloads
     flops = cost.shared_flops + slots * cost.expert_flops
     if examples is not None:
         flops = flops * examples
-    flops = flops + jnp.where(slots > 0, cost.solo_shared_flops + downloads * cost.solo_expert_flops, 0)
+    flops = flops + jnp.where(slots > 0, cost.solo_shared_flops + tried * cost.solo_expert_flops, 0)
     download = (cost.shared_bytes + downloads * cost.expert_bytes) / profile.downlink_bytes_per_second
     upload = (cost.shared_bytes + slots * cost.expert_bytes) / profile.uplink_bytes_per_second
     return download + flops / profile.flops_per_second + upload
@@ -46,6 +49,7 @@ def slots(
     max_slots: int,
     examples: Int[Array, " client"] | None = None,
     probes: int = 0,
+    pace: Float[Array, " client"] | float = 1.0,
 ) -> Int[Array, " client"]:
     """The most experts, up to `max_slots`, that each client fits in its memory and trains before the deadline.
 
@@ -55,6 +59,7 @@ def slots(
       deadline: seconds of `seconds(...)` that the round may take; None or inf is no limit.
       max_slots: the most experts that any client gets, at least 1.
       examples, probes: as in `seconds`.
+      pace: how many times as long as its profile says each client took lately, see `observe`.
 
     Returns:
       0 to `max_slots`; 0 when not even one expert fits.
@@ -74,9 +79,24 @@ def slots(
         in_memory = cost.shared_memory + held * cost.expert_memory <= profile.memory_bytes
         if deadline is None:
             return in_memory
-        return in_memory & (seconds(profile, cost, held, examples=examples, probes=probes) <= deadline)
+        return in_memory & (pace * seconds(profile, cost, held, examples=examples, probes=probes) <= deadline)
 
     return jax.vmap(fits)(jnp.arange(1, max_slots + 1)).sum(axis=0, dtype=jnp.int32)  # more experts never fit better
+
+
+def observe(
+    pace: Float[Array, " client"], observed: Float[Array, " client"], by_profile: Float[Array, " client"], *, beta: float = 0.3
+) -> Float[Array, " client"]:
+    """The pace of clients after a round, pace <- (1 - beta) pace + beta observed / by_profile; 1 is what the profile says.
+
+    Args:
+      pace: what was known before.
+      observed: seconds that the round took each client, also those whose update came after the deadline.
+      by_profile: `seconds(...)` of the same round.
+      beta: weight of the newest observation, 0 to 1.
+    """
+    ratio = jnp.where(by_profile > 0, observed / jnp.where(by_profile > 0, by_profile, 1.0), 1.0)
+    return (1.0 - beta) * pace + beta * ratio
 
 
 def uniform(
