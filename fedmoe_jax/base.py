@@ -11,6 +11,7 @@ Axis legend, used in every annotation, docstring and einsum of the package:
 
 The client or expert axis always leads. Absence is a mask or `NO_EXPERT`, never a shorter array. With several groups an
 axis of experts, slots or probes goes group after group, except that of weights, which belong to one group: see `experts`.
+Where both meet, it is called all_experts or all_slots.
 """
 
 import dataclasses
@@ -184,9 +185,9 @@ class ClientUpdate:
 
     shared: PyTree[Float[Array, "client ..."]]
     experts: PyTree[Float[Array, "client slot ..."]]
-    held: Int[Array, "client slot"]
+    held: Int[Array, "client all_slots"]
     examples: Int[Array, " client"]
-    tokens: Int[Array, "client slot"]
+    tokens: Int[Array, "client all_slots"]
 
 
 class Fitness(NamedTuple):

@@ -30,8 +30,8 @@ class State:
     personal: PyTree[Float[Array, "population expert ..."]] | None
     optimizer: PyTree
     aligner: PyTree
-    tokens: Float[Array, " expert"]
-    last_trained: Int[Array, " expert"]
+    tokens: Float[Array, " all_experts"]
+    last_trained: Int[Array, " all_experts"]
 
 
 @pytree
@@ -43,8 +43,8 @@ class Info:
     """
 
     train_loss: Float[Array, ""]
-    load: Int[Array, " expert"]
-    tokens: Float[Array, " expert"]
+    load: Int[Array, " all_experts"]
+    tokens: Float[Array, " all_experts"]
     load_cv: Float[Array, ""]
     load_cv_total: Float[Array, ""]
     coverage: Float[Array, ""]
@@ -262,5 +262,5 @@ def _checked(
     if aligner.max_slots > experts:
         raise ValueError(f"aligner gives up to {aligner.max_slots} experts, the model has {experts}")
     if aligner.groups != number:
-        raise ValueError(f"aligner is for {aligner.groups} groups of experts, the model has {number}: see alignment.grouped")
+        raise ValueError(f"aligner is made for groups={aligner.groups}, the model needs groups={number}: see alignment.grouped")
     return number * experts, parts

@@ -127,13 +127,13 @@ def grouped(aligner: Aligner, groups: int) -> Aligner:
         return aligner
     if aligner.groups != 1 or aligner.num_experts is None:
         raise ValueError(f"aligner must be for one group and say its num_experts, to be made one for {groups}")
-    first = aligner.num_experts * jnp.arange(groups)[:, None, None]
+    first = tuple(group * aligner.num_experts for group in range(groups))
 
     def init(num_clients: int) -> PyTree:
-        return jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], groups, 0), aligner.init(num_clients))
+        return jax.vmap(lambda _: aligner.init(num_clients))(jnp.arange(groups))
 
-    def renumbered(expert, shift):
-        return jnp.where(expert == NO_EXPERT, NO_EXPERT, expert + shift)
+    def renumbered(expert: Int[Array, "group client slot"], sign: int) -> Int[Array, "group client slot"]:
+        return jnp.where(expert == NO_EXPERT, NO_EXPERT, expert + sign * jnp.array(first, expert.dtype)[:, None, None])
 
     def apart(rows: Array) -> Array:
         return jnp.moveaxis(by_group(rows, groups), 1, 0)  # [client, all] -> [group, client, each]
@@ -144,11 +144,11 @@ def grouped(aligner: Aligner, groups: int) -> Aligner:
     def align(key: Key[Array, ""], state: PyTree, cohort: Cohort) -> tuple[Alignment, PyTree]:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(groups))
         each, state = jax.vmap(aligner.align, (0, 0, None))(keys, state, cohort)
-        held, probed = renumbered(each.held, first), renumbered(each.probed, first)
+        held, probed = renumbered(each.held, 1), renumbered(each.probed, 1)
         return Alignment(together(held), together(probed), together(each.fitness), each.fitness_mean.T), state
 
     def learn(state: PyTree, cohort: Cohort, alignment: Alignment, feedback: Feedback) -> PyTree:
-        held, probed = renumbered(apart(alignment.held), -first), renumbered(apart(alignment.probed), -first)
+        held, probed = renumbered(apart(alignment.held), -1), renumbered(apart(alignment.probed), -1)
         slots = alignment.held.shape[1]
         solo = [apart(feedback.solo_loss[:, :slots]), apart(feedback.solo_loss[:, slots:])]
         rows = tuple(map(apart, (feedback.tokens, feedback.correct, feedback.loss)))

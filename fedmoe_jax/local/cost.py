@@ -74,7 +74,7 @@ def round_cost(
     solo_batch: Batch | None = None,
     max_slots: int = 1,
 ) -> RoundCost:
-    """The cost of a client's round from the actual model: the program is traced with one and with two experts of every group.
+    """The cost of a client's round from the actual model: the program is traced with one and with two experts of each group.
 
     Args:
       batch: one batch's shapes (arrays or `jax.ShapeDtypeStruct`).
@@ -83,8 +83,8 @@ def round_cost(
       max_slots: experts that the client holds of each other group while one is scored alone, at most.
 
     Returns:
-      An expert is one of every group. What it costs is the difference between two held experts and one, or three and two. Memory is weights, gradients,
-      deltas and optimizer state, plus every intermediate of the forward pass on one batch.
+      What an expert costs, one of every group, is the difference between two held experts and one, or three and two. Memory is
+      weights, gradients, deltas and optimizer state, plus every intermediate of the forward pass on one batch.
     """
     one = jax.eval_shape(lambda tree: jax.tree.map(lambda weight: weight[:1], tree), parts.experts)
 

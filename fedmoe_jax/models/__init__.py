@@ -51,9 +51,8 @@ def create(
     if ":" in name:
         model = _foreign(name, dict(common, input_shape=input_shape, num_classes=num_classes, seed=seed) | options)
         if per_layer and groups(nnx.state(model, ExpertParam)) == (None,):
-            raise ValueError(
-                f"model {name!r} has no groups of experts: give each layer's ExpertParams a `group`, as nn.MoE(..., group=...)"
-            )
+            reason = "set `group` of its ExpertParams, or of its nn.MoE layers, in the model itself"
+            raise ValueError(f"model {name!r} has no groups of experts for an assignment per layer: {reason}")
         return model
     if name not in _MODELS:
         raise ValueError(f"model is {name!r}, must be one of {', '.join(_MODELS)}, or package.module:name")

@@ -19,6 +19,7 @@ ALIGNERS = ("random", "greedy", "load_only", "balanced", "full")
 FITNESSES = ("solo", "loss", "accuracy", "usage")
 ROUTERS = ("shared", "personal", "statistics")
 PROFILES = ("uniform", "tiers")
+ASSIGNMENTS = ("shared", "per_layer")
 ENGINES = ("auto", "primal")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adam", "adamw", "lion", "rmsprop", "yogi")
@@ -79,6 +80,8 @@ class TrainConfig:
     """Weight of the FedProx term, which pulls clients to the global model."""
     aligner: str = "balanced"
     """Who trains which expert: random, greedy, load_only, balanced, full, or package.module:name."""
+    assignment: str = "shared"
+    """shared, one for the experts of all layers, or per_layer; a model of one's own makes `group`s of its experts for that."""
     fitness: str = "solo"
     """Feedback that scores a client-expert pair: solo, loss, accuracy or usage."""
     beta: float = 0.3
@@ -117,6 +120,7 @@ _NAMES = {
     "split": SPLITS,
     "model": MODELS,
     "aligner": ALIGNERS,
+    "assignment": ASSIGNMENTS,
     "fitness": FITNESSES,
     "router": ROUTERS,
     "profile": PROFILES,
