@@ -37,7 +37,7 @@ class State:
 @pytree
 class Info:
     """What a person reads of a round. Bytes and seconds are the round's own; `load` counts clients, `tokens` tokens, of
-    each expert of each group, group after group.
+    each expert of each group, group after group. Seconds take an expert for one of every group, as `base.RoundCost`.
 
     `load_cv` is the coefficient of variation of `load`, `load_cv_total` that of tokens per expert since the start.
     """

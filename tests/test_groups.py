@@ -1,6 +1,6 @@
 """Groups of experts with assignments of their own: what they reduce to, and each layer's numbers against slow oracles."""
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ from fedmoe_jax import NO_EXPERT, ExpertParam, Slots, alignment, models, partiti
 from fedmoe_jax.alignment import fitness, load
 from fedmoe_jax.base import Cohort, Feedback
 from fedmoe_jax.experts import SlotState, bind, combine, gather, groups, held_mask, report
-from fedmoe_jax.local.cost import expert_bytes
+from fedmoe_jax.local.cost import count_flops, expert_bytes, round_cost
+from fedmoe_jax.local.primal import solo_losses
 from fedmoe_jax.models.losses import cross_entropy
-from fedmoe_jax.training import config, evaluate, setup, trainer
 
 
 def two(name, **options):
@@ -125,6 +125,20 @@ def test_bytes_are_those_of_the_experts_of_each_layer(played):
     assert expert_bytes(experts, personal_router=True) == tuple(each - 4 * HIDDEN for each in one)
 
 
+def test_costs_are_those_of_the_shared_assignment_but_for_solo_evaluation():
+    data, optimizer = population(), optax.sgd(0.1)
+    batch = jax.eval_shape(lambda: data.batch(jnp.int32(0), jnp.arange(BATCH)))
+    costs = [round_cost(partition(Net(names)), cross_entropy, optimizer, batch) for names in ((None, None), ("first", "second"))]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02), *costs)  # memory counts the split of slots, too
+    parts = partition(Net())
+    cost = round_cost(parts, cross_entropy, optimizer, batch, solo_batch=batch, max_slots=2)
+    candidates, held = gather(parts.experts, jnp.arange(8)), jnp.ones(4, bool)  # 2 held and 2 probed experts of each layer
+    score = functools.partial(solo_losses, parts=parts, loss_fn=cross_entropy)
+    flops = count_flops(score, KEY, batch, candidates, parts.shared, held, jnp.zeros(4))
+    assert cost.solo_shared_flops + 4 * cost.solo_expert_flops == flops
+    assert cost.expert_bytes == sum(expert_bytes(parts.experts))
+
+
 def test_every_group_is_aligned_like_a_single_one_within_its_bounds():
     options = dict(num_experts=EXPERTS, max_slots=2, fitness=fitness.solo(probes=1))
     both, single, monitor = alignment.balanced(groups=2, **options), alignment.balanced(**options), load.monitor()
@@ -195,6 +209,12 @@ def test_gather_and_combine_and_report_go_group_after_group():
         bind(parts, gather(parts.experts, jnp.array(HELD[0])), parts.shared, Slots(held[:3], jnp.zeros(3)))
 
 
+def test_groups_are_in_the_order_of_the_layers():
+    shape = dict(input_shape=(6,), num_classes=CLASSES, num_experts=2, top_k=1, seed=0)
+    many = models.create("transformer", layers=11, features=4, heads=2, expert_hidden=2, per_layer=True, **shape)
+    assert groups(partition(many).experts) == tuple(f"layers.{layer}" for layer in range(11))
+
+
 def test_a_layer_has_one_group():
     class Torn(nnx.Module):
         def __init__(self):
@@ -218,49 +238,6 @@ def test_model_and_aligner_must_agree():
         alignment.greedy(num_experts=EXPERTS, max_slots=1, groups=0)
     with pytest.raises(ValueError, match="aligner must be for one group"):
         alignment.grouped(two("greedy"), 3)
-
-
-def grouped_net(*, input_shape, num_classes, num_experts, top_k, seed, dtype, **names):
-    return Net(seed=seed, **names)
-
-
-def test_what_a_configuration_may_ask_for():
-    small = config.TrainConfig(population=20, cohort=5, experts=EXPERTS, assignment="per_layer", model_options={"hidden": 16})
-    assert setup.build(small).aligner.groups == 1  # mlp has one such layer
-    with pytest.raises(ValueError, match="assignment: 'layer' is unknown"):
-        config.validate(dataclasses.replace(small, assignment="layer"))
-    shape = dict(input_shape=(FEATURES,), num_classes=CLASSES, num_experts=EXPERTS, top_k=1, seed=0)
-    with pytest.raises(ValueError, match="has no groups of experts for an assignment per layer: set `group`"):
-        models.create("test_groups:grouped_net", names=(None, None), per_layer=True, **shape)
-    assert len(groups(partition(models.create("test_groups:grouped_net", per_layer=True, **shape)).experts)) == 2
-    with pytest.raises(ValueError, match="multiple values for keyword argument 'group'"):
-        models.create("transformer", group="x", per_layer=True, **(shape | dict(input_shape=(6,))))
-
-
-def test_a_transformer_trains_with_an_assignment_per_layer(tmp_path):
-    draw = np.random.default_rng(0)
-    text = (np.cumsum(draw.integers(1, 3, (120, 7)), axis=1) % 5).astype(np.int32)
-    np.savez(tmp_path / "text.npz", x=text[:, :-1], y=text[:, 1:])
-    small = config.TrainConfig(
-        data=str(tmp_path / "text.npz"), split="iid", population=8, cohort=4, model="transformer", experts=EXPERTS, rounds=2, eval_every=2,
-        aligner="greedy", assignment="per_layer", model_options=dict(layers=2, features=8, heads=2, expert_hidden=6),
-    )  # fmt: skip
-    records = []
-    trainer.train(small, tmp_path / "run", callback=lambda state, record: records.append(record))
-    assert [len(record["load"]) for record in records] == [2 * EXPERTS] * 2
-    assert sum(records[0]["load"]) == 4 * 2 * 2 and records[-1]["client_accuracy_mean"] is not None
-    again = evaluate.evaluate_run(tmp_path / "run", small, small.data)
-    assert again["eval_accuracy"] == pytest.approx(records[-1]["eval_accuracy"])
-    built = setup.build(small)
-    state = built.algorithm(2).init(KEY, built.population)
-    assert built.aligner_scores(state).shape == (8, 2 * EXPERTS)
-    assert groups(built.parts.experts) == ("layers.0", "layers.1")
-    with pytest.raises(ValueError, match=r"assignment: .* has 2 groups of experts"):
-        setup.build(dataclasses.replace(small, assignment="shared", model="test_groups:transformer_in_groups"))
-
-
-def transformer_in_groups(**arguments):
-    return models.create("transformer", per_layer=True, **arguments)
 
 
 def test_cross_entropy_of_the_oracle_is_that_of_the_model():
