@@ -4,11 +4,14 @@ Axis legend, used in every annotation, docstring and einsum of the package:
 
   population  N  all clients                      client   C  the clients of one round's cohort
   expert      E  experts of the global model      slot     K  places for experts on one client
-  probe       P  unheld experts tried in a round  example  B  examples of a batch
+  group       G  layers with one assignment       example  B  examples of a batch
+  probe       P  unheld experts tried in a round
   token       T  positions of an example          feature  D  width of a layer
   hidden      H  width inside an expert           class       outputs of a classifier
 
-The client or expert axis always leads. Absence is a mask or `NO_EXPERT`, never a shorter array.
+The client or expert axis always leads. Absence is a mask or `NO_EXPERT`, never a shorter array. With several groups an
+axis of experts, slots or probes goes group after group, except that of weights, which belong to one group: see `experts`.
+Where both meet, it is called all_experts or all_slots.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fedmoe_jax import devices
@@ -113,7 +117,7 @@ class ClientProfile:
 
 @pytree
 class RoundCost:
-    """What one round costs a client: a part for the shared parameters and a part for each expert.
+    """What one round costs a client: a part for the shared parameters and a part for each expert, one of every group.
 
     Bytes are what one direction of the link carries; memory covers parameters, gradients, optimizer state and
     activations; FLOPs are those of one example through forward and backward pass, and for solo evaluation those of the
@@ -176,13 +180,21 @@ class Cohort:
 class Alignment:
     """Which experts each client trains (`held`) and merely tries (`probed`); empty places are `NO_EXPERT`.
 
-    `fitness` is the score of each held pair (0 in empty slots), `fitness_mean` each client's mean over all experts.
+    `fitness` is the score of each held pair (0 in empty slots), `fitness_mean` each client's mean over all experts,
+    with several groups over those of each group.
     """
 
     held: Int[Array, "client slot"]
     probed: Int[Array, "client probe"]
     fitness: Float[Array, "client slot"]
-    fitness_mean: Float[Array, " client"]
+    fitness_mean: Float[Array, "client *group"]
+
+    @property
+    def centred(self) -> Float[Array, "client slot"]:
+        """Fitness of each held pair above the client's mean over all experts of the group; 0 in empty slots."""
+        mean = self.fitness_mean.reshape(self.held.shape[0], -1, 1)
+        above = self.fitness.reshape(*mean.shape[:2], self.held.shape[1] // mean.shape[1]) - mean
+        return jnp.where(self.held == NO_EXPERT, 0, above.reshape(self.held.shape))
 
 
 @pytree
@@ -209,13 +221,13 @@ class ClientUpdate:
 
     shared: PyTree[Float[Array, "client ..."]]
     experts: PyTree[Float[Array, "client slot ..."]]
-    held: Int[Array, "client slot"]
+    held: Int[Array, "client all_slots"]
     examples: Int[Array, " client"]
-    tokens: Int[Array, "client slot"]
+    tokens: Int[Array, "client all_slots"]
 
 
 class Fitness(NamedTuple):
-    """How well each expert suits each client, learnt from feedback.
+    """How well each expert of a group suits each client, learnt from feedback.
 
     init(num_clients, num_experts) -> state; score(state, client) -> Float[client expert], higher is better;
     update(state, cohort, alignment, feedback) -> state. `probes` unheld experts are tried by each client a round.
@@ -228,7 +240,7 @@ class Fitness(NamedTuple):
 
 
 class LoadMonitor(NamedTuple):
-    """How much each expert has been trained, and how many clients it should get.
+    """How much each expert of a group has been trained, and how many clients it should get.
 
     init(num_experts) -> state; bounds(state, slots, wanted) -> (lower, upper), Int[expert] each, `wanted` being the slots
     that ask for each expert; update(state, held, tokens, wanted) -> state; deficit(state) -> Float[expert], the clients
@@ -245,8 +257,8 @@ class Aligner(NamedTuple):
     """Decides each round which client trains which experts, and learns from what came of it.
 
     init(num_clients) -> state; align(key, state, cohort) -> (Alignment, state);
-    learn(state, cohort, alignment, feedback) -> state. No client gets more than `max_slots` experts, nor tries more than
-    `probes` others. `num_experts`, where given, must be that of the model.
+    learn(state, cohort, alignment, feedback) -> state. No client gets more than `max_slots` experts of a group, nor tries
+    more than `probes` others. `num_experts` of a group, where given, and `groups` must be those of the model.
     """
 
     init: Callable[[int], PyTree]
@@ -255,6 +267,7 @@ class Aligner(NamedTuple):
     max_slots: int
     probes: int = 0
     num_experts: int | None = None
+    groups: int = 1
 
 
 class Aggregator(NamedTuple):

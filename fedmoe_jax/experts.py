@@ -1,11 +1,17 @@
-"""Expert parameters: marked by type, split from the rest, gathered into client slots and combined back."""
+"""Expert parameters: marked by type, split from the rest, gathered into client slots and combined back.
 
+Layers of one group follow one assignment. Of G groups of E experts, expert e of group g has the number g E + e, and the
+slots of group g are entries g K to (g + 1) K of a client's K G slots.
+"""
+
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from fedmoe_jax.base import NO_EXPERT, pytree
 
@@ -13,9 +19,16 @@ from fedmoe_jax.base import NO_EXPERT, pytree
 class ExpertParam(nnx.Param):
     """A parameter whose leading axis is the expert. Marking weights with it federates any nnx model.
 
-    Clients hold a few entries of that axis, so a layer must take the number of experts from the weight itself. All layers
-    follow one assignment: expert e of every layer goes to the same clients.
+    Clients hold a few entries of that axis, so a layer must take the number of experts from the weight itself.
+
+    Args:
+      value: the weights [expert, ...].
+      group: name of the assignment that they follow: expert e of all layers of a group goes to the same clients. None is
+        the group of all that name none, so by default all layers follow one assignment. A layer has one group.
     """
+
+    def __init__(self, value: Any, *, group: str | None = None, **metadata: Any):
+        super().__init__(value, group=group, **metadata)
 
 
 class RouterParam(ExpertParam):
@@ -55,7 +68,8 @@ def partition(model: nnx.Module) -> Partition:
 
     Raises:
       ValueError: if `model` has no ExpertParam, if their leading sizes differ, if a module that owns one has no
-        `SlotState` to learn its slots from, or if the model keeps running statistics of its batches.
+        `SlotState` to learn its slots from, if those of a module differ in group, or if the model keeps running statistics
+        of its batches.
     """
     graphdef, *states = nnx.split(model, ExpertParam, nnx.Param, ...)
     parts = Partition(graphdef, *states)
@@ -66,61 +80,152 @@ def partition(model: nnx.Module) -> Partition:
     sizes = {"/".join(map(str, path)): variable.shape[:1] for path, variable in experts.items()}
     if len(set(sizes.values())) > 1 or () in sizes.values():
         raise ValueError(f"model has ExpertParams with different leading sizes, all must be the number of experts: {sizes}")
-    owners = [path[:-1] for path, variable in flat.items() if isinstance(variable, SlotState)]
+    owned = _owned(flat)
     for path in experts:
-        if not any(path[: len(owner)] == owner for owner in owners):
-            raise ValueError(f"model.{'.'.join(map(str, path))} has no SlotState beside it: its layer would send tokens to empty slots")
+        if not any(path[: len(owner)] == owner for owner in owned):
+            raise ValueError(f"model{_dotted(path)} has no SlotState beside it: its layer would send tokens to empty slots")
+    for owner, names in owned.items():
+        if len(names) > 1:
+            raise ValueError(f"model{_dotted(owner)} has ExpertParams of groups {list(names)}, all of a layer must be of one group")
     if any(isinstance(variable, nnx.BatchStat) for variable in flat.values()):
         raise ValueError("model keeps batch statistics, which clients cannot share: use GroupNorm or LayerNorm")
     return parts
 
 
+def _dotted(path):
+    return "".join(f".{name}" for name in path)
+
+
+def _owned(flat: dict[tuple, nnx.Variable]) -> dict[tuple, tuple[str | None, ...]]:
+    """For each module that has a SlotState the groups of the ExpertParams that are nearest to it, upwards."""
+    owners = [path[:-1] for path, variable in flat.items() if isinstance(variable, SlotState)]
+    names: dict[tuple, list[str | None]] = {owner: [] for owner in owners}
+    for path, variable in flat.items():
+        above = [owner for owner in owners if path[: len(owner)] == owner]
+        if isinstance(variable, ExpertParam) and above:
+            names[max(above, key=len)].append(_group(variable))
+    return {owner: tuple(dict.fromkeys(of_owner)) for owner, of_owner in names.items()}
+
+
+def _is_variable(node):
+    return isinstance(node, nnx.Variable)
+
+
+def _group(node):
+    return node.get_metadata().get("group") if _is_variable(node) else None
+
+
 def num_experts(experts: PyTree) -> int:
-    """The leading size of the expert parameters."""
+    """The leading size of the expert parameters: the experts of each group."""
     return jax.tree.leaves(experts)[0].shape[0]
 
 
+def groups(experts: PyTree) -> tuple[str | None, ...]:
+    """The names of the groups of expert parameters, in the order of the model's state; (None,) where none is named."""
+    return tuple(dict.fromkeys(map(_group, jax.tree.leaves(experts, is_leaf=_is_variable))))
+
+
+def by_group(rows: Shaped[Array, "*axes entry"], num_groups: int) -> Shaped[Array, "*axes group part"]:
+    """Splits a last axis that goes group after group, such as slots or experts, into one axis of groups and one of each's."""
+    return rows.reshape(*rows.shape[:-1], num_groups, rows.shape[-1] // num_groups)
+
+
+def map_groups(function: Callable[..., Any], names: tuple[str | None, ...], rows: PyTree, *trees: PyTree) -> PyTree:
+    """`jax.tree.map(function, rows, *trees)`, each leaf of `trees` with the part of `rows` that belongs to its group.
+
+    Args:
+      function: function(rows of the group, *leaves) -> leaf.
+      names: all groups, see `groups`; `trees` may have leaves of some of them.
+      rows: arrays whose last axis goes group after group.
+      trees: the first one says which group a leaf is of.
+    """
+
+    def one(variable, *others):
+        part = rows
+        if len(names) > 1:
+            place = names.index(_group(variable))
+            part = jax.tree.map(lambda row: by_group(row, len(names))[..., place, :], rows)
+        return jax.tree.map(lambda *leaves: function(part, *leaves), variable, *others)
+
+    return jax.tree.map(one, *trees, is_leaf=_is_variable)
+
+
 def bind(parts: Partition, experts: PyTree, shared: PyTree, slots: Slots) -> Any:
-    """A model that computes with these weights, `experts` having as many entries as `slots`. Safe to mutate."""
+    """A model that computes with these weights. Safe to mutate.
+
+    Args:
+      slots: those of all groups, group after group: as many of each as its leaves of `experts` have entries.
+
+    Raises:
+      ValueError: if there are more or fewer.
+    """
     model = nnx.merge(parts.graphdef, experts, shared, parts.rest, copy=True)
-    for state in _slot_states(model):
-        state.set_value(slots)
+    sizes = {_group(node): node.shape[0] for node in jax.tree.leaves(experts, is_leaf=_is_variable)}
+    if slots.held.shape[0] != sum(sizes.values()):
+        raise ValueError(f"slots.held has {slots.held.shape[0]} entries, the weights have {sum(sizes.values())} experts")
+    states, start = _slot_states(model), 0
+    for name in groups(parts.experts):
+        stop = start + sizes[name]
+        for state in states.get(name, []):
+            state.set_value(dataclasses.replace(slots, held=slots.held[start:stop], prior=slots.prior[start:stop]))
+        start = stop
     return model
 
 
 def report(model: Any) -> tuple[Float[Array, "example slot"], Float[Array, ""]]:
-    """Tokens of each example sent to each slot, and the auxiliary loss, both summed over the layers of a bound model.
+    """Tokens of each example sent to each slot, summed over the layers of a group, group after group; and the auxiliary loss.
 
     Raises:
       ValueError: if a layer did not set them, since it then routes tokens to empty slots.
     """
-    slots = [state.get_value() for state in _slot_states(model)]
+    states = _slot_states(model)
+    layers = {name: [state.get_value() for state in states[name]] for name in groups(nnx.state(model, ExpertParam)) if name in states}
+    slots = [s for of_group in layers.values() for s in of_group]
     if any(s.tokens is None or s.penalty is None for s in slots):
         raise ValueError("model has a MoE layer that does not read its SlotState: it would send tokens to empty slots")
-    return sum(s.tokens for s in slots), sum(s.penalty for s in slots)
+    return jnp.concatenate([sum(s.tokens for s in of_group) for of_group in layers.values()], -1), sum(s.penalty for s in slots)
 
 
-def _slot_states(model: Any) -> list[SlotState]:
-    return [node for _, node in nnx.iter_graph(model) if isinstance(node, SlotState)]
+def _slot_states(model: Any) -> dict[str | None, list[SlotState]]:
+    """The SlotStates of a model's layers by their group; those without experts are of the first one."""
+    flat = {path: node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Variable)}
+    first = groups(nnx.state(model, ExpertParam))[:1]
+    owned, states = _owned(flat), dict[str | None, list[SlotState]]()
+    for path, node in flat.items():
+        if isinstance(node, SlotState):
+            (name,) = owned[path[:-1]] or first
+            states.setdefault(name, []).append(node)
+    return states
 
 
 def gather(experts: PyTree[Float[Array, "expert ..."]], held: Int[Array, "*slots"]) -> PyTree[Float[Array, "..."]]:
     """Dispatch: the weights of each held expert. Empty slots get those of expert 0, which nothing may use."""
-    return jax.tree.map(lambda weight: weight[jnp.maximum(held, 0)], experts)
+    return map_groups(lambda held, weight: weight[jnp.maximum(held, 0) % weight.shape[0]], groups(experts), held, experts)
 
 
 def combine(
-    slots: PyTree[Float[Array, "..."]], held: Int[Array, "*slots"], weight: Float[Array, "*slots"], num_experts: int
+    slots: PyTree[Float[Array, "..."]],
+    held: Int[Array, "*slots"],
+    weight: Float[Array, "*slots"],
+    num_experts: int,
+    names: tuple[str | None, ...] | None = None,
 ) -> PyTree[Float[Array, "expert ..."]]:
-    """The inverse of `gather`: for each expert the sum over the slots that hold it, times `weight`. Empty slots are lost."""
-    bucket = jnp.where(held == NO_EXPERT, num_experts, held).reshape(-1)
+    """The inverse of `gather`: for each expert the sum over the slots that hold it, times `weight`. Empty slots are lost.
 
-    def one(values):
+    Args:
+      slots: weights of the slots, of all clients or one. A bare array of [client, slot, ...] has the slots of all groups.
+      num_experts: E, or for bare arrays the experts of all groups.
+      names: all groups, where `slots` lacks some of them.
+    """
+
+    def one(rows, values):
+        held, weight = rows
+        bucket = jnp.where(held == NO_EXPERT, num_experts, held % num_experts).reshape(-1)
         values = values * weight.reshape(weight.shape + (1,) * (values.ndim - weight.ndim))
         flat = values.reshape(bucket.shape[0], *values.shape[held.ndim :])
         return jax.ops.segment_sum(flat, bucket, num_segments=num_experts + 1)[:-1]
 
-    return jax.tree.map(one, slots)
+    return map_groups(one, groups(slots) if names is None else names, (held, weight), slots)
 
 
 def held_mask(held: Int[Array, "client slot"], num_experts: int) -> Bool[Array, "client expert"]:

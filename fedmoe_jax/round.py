@@ -12,13 +12,16 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from fedmoe_jax import aggregation, sampling
 from fedmoe_jax.alignment import capacity
 from fedmoe_jax.base import NO_EXPERT, Aggregator, Aligner, Cohort, LossFn, Population, RoundCost, pytree, stage_key
-from fedmoe_jax.experts import combine, held_mask, num_experts, partition
+from fedmoe_jax.experts import by_group, combine, groups, held_mask, map_groups, num_experts, partition
 from fedmoe_jax.local.cohort import Trainer, keep_routers, router_rows
 
 
 @pytree
 class State:
-    """What the next round reads. `personal` holds each client's own router rows, or None when they are shared."""
+    """What the next round reads. `personal` holds each client's own router rows, or None when they are shared.
+
+    `tokens` and `last_trained` have the experts of all groups, group after group.
+    """
 
     key: Key[Array, ""]
     round: Int[Array, ""]
@@ -27,20 +30,21 @@ class State:
     personal: PyTree[Float[Array, "population expert ..."]] | None
     optimizer: PyTree
     aligner: PyTree
-    tokens: Float[Array, " expert"]
-    last_trained: Int[Array, " expert"]
+    tokens: Float[Array, " all_experts"]
+    last_trained: Int[Array, " all_experts"]
 
 
 @pytree
 class Info:
-    """What a person reads of a round. Bytes and seconds are the round's own; `load` counts clients, `tokens` tokens.
+    """What a person reads of a round. Bytes and seconds are the round's own; `load` counts clients, `tokens` tokens, of
+    each expert of each group, group after group. Seconds take an expert for one of every group, as `base.RoundCost`.
 
     `load_cv` is the coefficient of variation of `load`, `load_cv_total` that of tokens per expert since the start.
     """
 
     train_loss: Float[Array, ""]
-    load: Int[Array, " expert"]
-    tokens: Float[Array, " expert"]
+    load: Int[Array, " all_experts"]
+    tokens: Float[Array, " all_experts"]
     load_cv: Float[Array, ""]
     load_cv_total: Float[Array, ""]
     coverage: Float[Array, ""]
@@ -85,7 +89,8 @@ def federated_moe(
     """Federated training of a model whose experts are spread over clients by an aligner.
 
     Args:
-      model: an nnx model with ExpertParams; its weights are the initial ones.
+      model: an nnx model with ExpertParams; its weights are the initial ones. Layers of different `ExpertParam` groups follow
+        assignments of their own, for as many of which the aligner must be made.
       loss_fn: loss_fn(model, batch, key) -> (loss[example], aux), see `base.LossFn`.
       client_optimizer: an optax optimizer, fresh in each round, or a function of the round that makes one.
       server_optimizer: gets minus the aggregated delta as its gradient; `optax.sgd(1.0)` is FedAvg.
@@ -111,6 +116,7 @@ def federated_moe(
     trainer = Trainer(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, prox, router == "personal",
         batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
+        aligner.max_slots,
     )  # fmt: skip
 
     def init(key: Key[Array, ""], population: Population) -> State:
@@ -134,7 +140,7 @@ def federated_moe(
         examples = trainer.examples(jax.vmap(population.num_examples)(sampled))
         cohort, admitted = admit(population, sampled, cost, aligner, deadline=deadline, examples=examples)
         alignment, aligned = aligner.align(stage_key(key, "align"), state.aligner, cohort)
-        prior = jnp.where(alignment.held == NO_EXPERT, 0, router_prior * (alignment.fitness - alignment.fitness_mean[:, None]))
+        prior = router_prior * alignment.centred
         delta, routers, feedback, summary = trainer.train(stage_key(key, "local"), state, population, cohort, alignment, prior)
         tokens = combine(feedback.tokens.astype(jnp.float32), alignment.held, jnp.ones(alignment.held.shape), experts)
         (weights, shared), optimizer = _serve(server_optimizer, state, delta, tokens, feedback.examples.sum())
@@ -144,7 +150,7 @@ def federated_moe(
         learnt = aligner.learn(aligned, cohort, alignment, feedback)
         last = jnp.where(tokens > 0, state.round, state.last_trained)
         new = State(state.key, state.round + 1, weights, shared, personal, optimizer, learnt, state.tokens + tokens, last)
-        return new, _info(new, cohort, alignment, population, cost, examples, admitted, tokens, summary)
+        return new, _info(new, cohort, alignment, population, cost, trainer.expert_bytes(), examples, admitted, tokens, summary)
 
     return Algorithm(init, step)
 
@@ -193,19 +199,20 @@ def _serve(server_optimizer, state, delta, tokens, examples):
     updates, optimizer = server_optimizer.update(jax.tree.map(jnp.negative, delta), state.optimizer, old)
     experts, shared = optax.apply_updates(old, updates)
 
-    def trained(new, value):
+    def trained(tokens, new, value):
         return jnp.where((tokens > 0).reshape(-1, *(1,) * (value.ndim - 1)), new, value)
 
-    experts = jax.tree.map(trained, experts, state.experts)
+    experts = map_groups(trained, groups(experts), tokens, experts, state.experts)
     return (experts, jax.tree.map(lambda new, value: jnp.where(examples > 0, new, value), shared, state.shared)), optimizer
 
 
-def _info(state, cohort, alignment, population, cost, examples, admitted, tokens, summary) -> Info:
+def _info(state, cohort, alignment, population, cost, expert_bytes, examples, admitted, tokens, summary) -> Info:
     held, probed = alignment.held != NO_EXPERT, alignment.probed != NO_EXPERT
     load = held_mask(alignment.held, tokens.shape[0]).sum(0)
-    present, slots, probes = cohort.present, held.sum(1), probed.sum(1)
+    present = cohort.present
+    slots, probes = (by_group(filled, expert_bytes.shape[0]).sum(2) for filled in (held, probed))  # [client, group]
     profile = jax.tree.map(lambda row: row[cohort.client], population.profile)
-    seconds = capacity.seconds(profile, cost, slots, examples=examples, probes=probes)
+    seconds = capacity.seconds(profile, cost, slots.max(1), examples=examples, probes=probes.max(1))
     train_loss, rejected = summary
     clients = present.sum()
     return Info(
@@ -218,8 +225,8 @@ def _info(state, cohort, alignment, population, cost, examples, admitted, tokens
         staleness_max=(state.round - 1 - state.last_trained).max(),
         fitness_mean=alignment.fitness.sum() / jnp.maximum(held.sum(), 1),
         assignment_value=alignment.fitness.sum(),
-        bytes_down=clients * cost.shared_bytes + (slots + probes).sum() * cost.expert_bytes,
-        bytes_up=clients * cost.shared_bytes + slots.sum() * cost.expert_bytes,
+        bytes_down=clients * cost.shared_bytes + ((slots + probes).sum(0) * expert_bytes).sum(),
+        bytes_up=clients * cost.shared_bytes + (slots.sum(0) * expert_bytes).sum(),
         simulated_seconds=jnp.where(present, seconds, 0).max(),
         clients=clients,
         dropped_clients=(~admitted).sum(),
@@ -249,9 +256,11 @@ def _checked(
     if router not in ("shared", "personal"):
         raise ValueError(f"router is {router!r}, it must be 'shared' or 'personal'")
     parts = partition(model)
-    experts = num_experts(parts.experts)
+    experts, number = num_experts(parts.experts), len(groups(parts.experts))
     if aligner.num_experts not in (None, experts):
         raise ValueError(f"aligner is for {aligner.num_experts} experts, the model has {experts}")
     if aligner.max_slots > experts:
         raise ValueError(f"aligner gives up to {aligner.max_slots} experts, the model has {experts}")
-    return experts, parts
+    if aligner.groups != number:
+        raise ValueError(f"aligner is made for groups={aligner.groups}, the model needs groups={number}: see alignment.grouped")
+    return number * experts, parts

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.base import Aggregator, ClientUpdate
-from fedmoe_jax.experts import combine, num_experts
+from fedmoe_jax.experts import combine, groups, map_groups, num_experts
 
 
 def mean() -> Aggregator:
@@ -19,13 +19,13 @@ def mean() -> Aggregator:
 
     def init(experts, shared):
         zeros = jax.tree.map(jnp.zeros_like, (experts, shared))
-        return zeros, (jnp.zeros(num_experts(experts)), jnp.zeros(()))
+        return zeros, (jnp.zeros(len(groups(experts)) * num_experts(experts)), jnp.zeros(()))
 
     def add(total, update: ClientUpdate):
         (experts, shared), (tokens, examples) = total
         weight = update.tokens.astype(jnp.float32)
         each = update.examples.astype(jnp.float32)
-        sums = combine(update.experts, update.held, weight, tokens.shape[0])
+        sums = combine(update.experts, update.held, weight, tokens.shape[0] // len(groups(experts)))
         counted = combine(jnp.ones_like(weight), update.held, weight, tokens.shape[0])
         experts = jax.tree.map(jnp.add, experts, sums)
         shared = jax.tree.map(lambda a, delta: a + jnp.tensordot(each, delta, 1), shared, update.shared)
@@ -34,10 +34,10 @@ def mean() -> Aggregator:
     def finish(total):
         (experts, shared), (tokens, examples) = total
 
-        def per_expert(value):
+        def per_expert(tokens, value):
             weight = tokens.reshape(-1, *(1,) * (value.ndim - 1))
             return jnp.where(weight > 0, value / jnp.maximum(weight, 1), 0)
 
-        return jax.tree.map(per_expert, experts), jax.tree.map(lambda a: a / jnp.maximum(examples, 1), shared)
+        return map_groups(per_expert, groups(experts), tokens, experts), jax.tree.map(lambda a: a / jnp.maximum(examples, 1), shared)
 
     return Aggregator(init, add, finish, needs="sum")

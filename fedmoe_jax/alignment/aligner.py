@@ -11,6 +11,7 @@ from fedmoe_jax.alignment import assign
 from fedmoe_jax.alignment import fitness as fitness_stage
 from fedmoe_jax.alignment import load as load_stage
 from fedmoe_jax.base import NO_EXPERT, Aligner, Alignment, Cohort, Feedback, Fitness, LoadMonitor, client_keys, pytree, stage_key
+from fedmoe_jax.experts import by_group
 
 
 @pytree
@@ -22,35 +23,42 @@ class AlignerState:
     prices: Float[Array, " expert"]
 
 
-def random(*, num_experts: int, max_slots: int, fitness: Fitness | None = None, load: LoadMonitor | None = None) -> Aligner:
+def random(
+    *, num_experts: int, max_slots: int, groups: int = 1, fitness: Fitness | None = None, load: LoadMonitor | None = None
+) -> Aligner:
     """Random experts for each client; the baseline. Fitness is learnt, for reports, but not used and not probed for.
 
     Args:
-      num_experts: experts of the model.
-      max_slots: the most experts that a client gets, 1 to num_experts.
+      num_experts: experts of the model, in each group.
+      max_slots: the most experts of a group that a client gets, 1 to num_experts.
+      groups: groups of experts, each with an assignment of its own, see `experts.ExpertParam`.
       fitness: how fitness is learnt; default `fitness.solo()`.
       load: how load is watched; default `load.monitor()`.
 
     Raises:
-      ValueError: if `num_experts` or `max_slots` is out of its range.
+      ValueError: if `num_experts`, `max_slots` or `groups` is out of its range.
     """
 
     def choose(key, state, cohort, score):
         return assign.random(client_keys(key, cohort.client), cohort.slots, num_experts), state.prices
 
-    return _aligner(choose, num_experts, max_slots, fitness, load, probing=False)
+    return _aligner(choose, num_experts, max_slots, groups, fitness, load, probing=False)
 
 
-def greedy(*, num_experts: int, max_slots: int, fitness: Fitness | None = None, load: LoadMonitor | None = None) -> Aligner:
+def greedy(
+    *, num_experts: int, max_slots: int, groups: int = 1, fitness: Fitness | None = None, load: LoadMonitor | None = None
+) -> Aligner:
     """Each client's fittest experts, ties broken at random, whatever that does to the load. Arguments as in `random`."""
 
     def choose(key, state, cohort, score):
         return assign.greedy(score, cohort.slots, key=client_keys(key, cohort.client)), state.prices
 
-    return _aligner(choose, num_experts, max_slots, fitness, load, probing=True)
+    return _aligner(choose, num_experts, max_slots, groups, fitness, load, probing=True)
 
 
-def load_only(*, num_experts: int, max_slots: int, fitness: Fitness | None = None, load: LoadMonitor | None = None) -> Aligner:
+def load_only(
+    *, num_experts: int, max_slots: int, groups: int = 1, fitness: Fitness | None = None, load: LoadMonitor | None = None
+) -> Aligner:
     """The least trained experts first, dealt out in turn, whoever they suit. Arguments as in `random`.
 
     Reads `.load` of the monitor's state, as `load.monitor()` keeps it.
@@ -59,10 +67,12 @@ def load_only(*, num_experts: int, max_slots: int, fitness: Fitness | None = Non
     def choose(key, state, cohort, score):
         return assign.round_robin(state.load.load, cohort.slots, key=key), state.prices
 
-    return _aligner(choose, num_experts, max_slots, fitness, load, probing=False)
+    return _aligner(choose, num_experts, max_slots, groups, fitness, load, probing=False)
 
 
-def balanced(*, num_experts: int, max_slots: int, fitness: Fitness | None = None, load: LoadMonitor | None = None) -> Aligner:
+def balanced(
+    *, num_experts: int, max_slots: int, groups: int = 1, fitness: Fitness | None = None, load: LoadMonitor | None = None
+) -> Aligner:
     """The paper's alignment: the most fitness within capacity and load bounds [1]. Arguments as in `random`.
 
     References:
@@ -76,16 +86,16 @@ def balanced(*, num_experts: int, max_slots: int, fitness: Fitness | None = None
         mask, info = assign.balanced(score, cohort.slots, lower, upper, key=key, prices=state.prices, return_info=True)
         return mask, info.prices
 
-    return _aligner(choose, num_experts, max_slots, fitness, monitor, probing=True)
+    return _aligner(choose, num_experts, max_slots, groups, fitness, monitor, probing=True)
 
 
-def full(*, num_experts: int, fitness: Fitness | None = None, load: LoadMonitor | None = None) -> Aligner:
+def full(*, num_experts: int, groups: int = 1, fitness: Fitness | None = None, load: LoadMonitor | None = None) -> Aligner:
     """Every present client holds every expert, whatever its slots: plain federated averaging of the whole model."""
 
     def choose(key, state, cohort, score):
         return jnp.broadcast_to(cohort.present[:, None], score.shape), state.prices
 
-    return _aligner(choose, num_experts, num_experts, fitness, load, probing=False)
+    return _aligner(choose, num_experts, num_experts, groups, fitness, load, probing=False)
 
 
 def held_slots(mask: Bool[Array, "client expert"], max_slots: int) -> Int[Array, "client slot"]:
@@ -102,8 +112,58 @@ Choose = Callable[
 ]
 
 
-def _aligner(choose: Choose, num_experts: int, max_slots: int, fitness: Any, load: Any, *, probing: bool) -> Aligner:
-    """The Aligner around `choose(key, state, cohort, score) -> (mask, prices)`, which sees clients in order of their ID."""
+def grouped(aligner: Aligner, groups: int) -> Aligner:
+    """An aligner of several groups of experts, each aligned alike and on its own, from one of a single group.
+
+    A client holds as many experts of each group. What `aligner` keeps gets a leading axis of groups, and `fitness_mean` a
+    last one; one group leaves `aligner` as it is.
+
+    Raises:
+      ValueError: if `groups` < 1, or `aligner` is one of several groups or does not say `num_experts`.
+    """
+    if groups < 1:
+        raise ValueError(f"groups is {groups}, it must be at least 1")
+    if groups == 1 or aligner.groups == groups:
+        return aligner
+    if aligner.groups != 1 or aligner.num_experts is None:
+        raise ValueError(f"aligner must be for one group and say its num_experts, to be made one for {groups}")
+    first = tuple(group * aligner.num_experts for group in range(groups))
+
+    def init(num_clients: int) -> PyTree:
+        return jax.vmap(lambda _: aligner.init(num_clients))(jnp.arange(groups))
+
+    def renumbered(expert: Int[Array, "group client slot"], sign: int) -> Int[Array, "group client slot"]:
+        return jnp.where(expert == NO_EXPERT, NO_EXPERT, expert + sign * jnp.array(first, expert.dtype)[:, None, None])
+
+    def apart(rows: Array) -> Array:
+        return jnp.moveaxis(by_group(rows, groups), 1, 0)  # [client, all] -> [group, client, each]
+
+    def together(rows: Array) -> Array:
+        return jnp.moveaxis(rows, 0, 1).reshape(rows.shape[1], -1)
+
+    def align(key: Key[Array, ""], state: PyTree, cohort: Cohort) -> tuple[Alignment, PyTree]:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(groups))
+        each, state = jax.vmap(aligner.align, (0, 0, None))(keys, state, cohort)
+        held, probed = renumbered(each.held, 1), renumbered(each.probed, 1)
+        return Alignment(together(held), together(probed), together(each.fitness), each.fitness_mean.T), state
+
+    def learn(state: PyTree, cohort: Cohort, alignment: Alignment, feedback: Feedback) -> PyTree:
+        held, probed = renumbered(apart(alignment.held), -1), renumbered(apart(alignment.probed), -1)
+        slots = alignment.held.shape[1]
+        solo = [apart(feedback.solo_loss[:, :slots]), apart(feedback.solo_loss[:, slots:])]
+        rows = tuple(map(apart, (feedback.tokens, feedback.correct, feedback.loss)))
+
+        def one(state, held, probed, fitness, mean, rows, solo):
+            return aligner.learn(state, cohort, Alignment(held, probed, fitness, mean), Feedback(feedback.examples, *rows, solo))
+
+        each = (held, probed, apart(alignment.fitness), alignment.fitness_mean.T, rows, jnp.concatenate(solo, axis=2))
+        return jax.vmap(one)(state, *each)
+
+    return Aligner(init, align, learn, aligner.max_slots, aligner.probes, aligner.num_experts, groups)
+
+
+def _aligner(choose: Choose, num_experts: int, max_slots: int, groups: int, fitness: Any, load: Any, *, probing: bool) -> Aligner:
+    """The Aligner of each group around `choose(key, state, cohort, score) -> (mask, prices)`, which sees clients in order of their ID."""
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}, it must be at least 1")
     if not 1 <= max_slots <= num_experts:
@@ -143,7 +203,7 @@ def _aligner(choose: Choose, num_experts: int, max_slots: int, fitness: Any, loa
             state.prices,
         )
 
-    return Aligner(init, align, learn, max_slots, probes, num_experts)
+    return grouped(Aligner(init, align, learn, max_slots, probes, num_experts), groups)
 
 
 def _probes(key: Key[Array, " client"], mask: Bool[Array, "client expert"], probes: int) -> Int[Array, "client probe"]:

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from fedmoe_jax.base import NO_EXPERT, Aggregator, Alignment, ClientUpdate, Cohort, Feedback, LossFn, Population, RoundCost, client_keys
-from fedmoe_jax.experts import Partition, RouterParam, combine, gather
+from fedmoe_jax.experts import Partition, RouterParam, by_group, combine, gather, groups, map_groups
 from fedmoe_jax.local import primal
-from fedmoe_jax.local.cost import round_cost, tree_bytes
+from fedmoe_jax.local.cost import expert_bytes, round_cost, tree_bytes
 
 
 class Trainer(NamedTuple):
@@ -29,6 +30,7 @@ class Trainer(NamedTuple):
     solo_examples: int
     chunk_size: int
     aggregator: Aggregator
+    max_slots: int
 
     def optimizer(self, round: Any) -> optax.GradientTransformation:
         """The client optimizer of a round."""
@@ -40,7 +42,12 @@ class Trainer(NamedTuple):
         optimizer = self.optimizer(round)
         solo = batch_shape(population, self.solo_examples) if self.solo_examples else None
         batch = batch_shape(population, self.batch_size)
-        return round_cost(self.parts, self.loss_fn, optimizer, batch, personal_router=self.personal, solo_batch=solo)
+        options: dict[str, Any] = dict(personal_router=self.personal, solo_batch=solo, max_slots=self.max_slots)
+        return round_cost(self.parts, self.loss_fn, optimizer, batch, **options)
+
+    def expert_bytes(self) -> Float[Array, " group"]:
+        """What one expert of each group takes on one direction of the link."""
+        return jnp.array(expert_bytes(self.parts.experts, personal_router=self.personal), jnp.float32)
 
     def examples(self, owned: Any) -> Any:
         """Examples that a client with `owned` examples processes in a round."""
@@ -86,27 +93,31 @@ class Trainer(NamedTuple):
 
     def _client(self, state, population, key, client, present, held, probed, prior):
         """One client: solo evaluation of what it received, training, and a check that its update is finite."""
-        slots = held.shape[0]
-        candidates = gather(state.experts, jnp.concatenate([held, probed]))
+        names = groups(self.parts.experts)
+        slots = held.shape[0] // len(names)
+        received = jnp.concatenate([by_group(held, len(names)), by_group(probed, len(names))], axis=1)  # [group, candidate]
+        candidates = gather(state.experts, received.reshape(-1))
         if self.personal:
-            candidates = _own_routers(candidates, state.personal, client, jnp.concatenate([held, probed]))
-        solo = jnp.full(slots + probed.shape[0], jnp.nan)
+            candidates = own_routers(candidates, state.personal, client, received.reshape(-1))
+        filled, solo = held != NO_EXPERT, jnp.full(received.shape, jnp.nan)
         if self.solo_examples:
             solo_key = jax.random.fold_in(key, 1)
             batch = primal.local_batch(solo_key, population, client, 0, self.solo_examples)
-            solo = primal.solo_losses(solo_key, batch, candidates, state.shared, parts=self.parts, loss_fn=self.loss_fn)
+            weights = (candidates, state.shared, filled, prior)
+            solo = primal.solo_losses(solo_key, batch, *weights, parts=self.parts, loss_fn=self.loss_fn)
         result = primal.train(
             jax.random.fold_in(key, 0), population, client, jax.tree.map(lambda w: w[:slots], candidates), state.shared,
-            held != NO_EXPERT, prior, parts=self.parts, loss_fn=self.loss_fn, optimizer=self.optimizer(state.round),
+            filled, prior, parts=self.parts, loss_fn=self.loss_fn, optimizer=self.optimizer(state.round),
             batch_size=self.batch_size, local_epochs=self.local_epochs, local_steps=self.local_steps, prox=self.prox,
         )  # fmt: skip
         finite = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a: jnp.isfinite(a).all(), result))
         good = present & finite
         result = jax.tree.map(lambda a: jnp.where(good, a, 0), result)
-        tokens = jnp.where(held == NO_EXPERT, 0, result.tokens)
+        tokens = jnp.where(filled, result.tokens, 0)
         examples = jnp.where(good, population.num_examples(client), 0)
         count = jnp.maximum(tokens, 1)
-        solo = jnp.where(present & (jnp.concatenate([held, probed]) != NO_EXPERT), solo, 0)
+        solo = jnp.where(present & (received != NO_EXPERT), solo, 0)
+        solo = jnp.concatenate([solo[:, :slots].reshape(-1), solo[:, slots:].reshape(-1)])  # as held, then as probed
         whole = tokens.astype(jnp.int32)
         feedback = (examples, whole, result.correct / count, result.loss / count, solo)
         update = (result.shared, result.experts, held, examples, whole)
@@ -133,20 +144,28 @@ def router_rows(experts: Any, num_clients: int, budget_bytes: float) -> Any:
     return jax.tree.map(lambda row: jnp.repeat(row[None], num_clients, 0), rows)
 
 
-def _own_routers(candidates, personal, client, expert):
-    _, weights = nnx.split_state(candidates, RouterParam, ...)
-    own = jax.tree.map(lambda rows: rows[client, jnp.maximum(expert, 0)], personal)
-    return nnx.merge_state(own, weights)
+def own_routers(experts: Any, personal: Any, client: Int[Array, ""], held: Int[Array, " slot"]) -> Any:
+    """The gathered weights of a client's slots, with its own router rows in place of the model's."""
+    _, others = nnx.split_state(experts, RouterParam, ...)
+    own = map_groups(lambda held, rows: rows[client, jnp.maximum(held, 0) % rows.shape[1]], groups(experts), held, personal)
+    return nnx.merge_state(own, others)
 
 
 def keep_routers(personal: Any, experts: Any, deltas: Any, cohort: Cohort, held: Any) -> tuple[Any, Any]:
     """Adds what each present client learnt to its own router rows, and to the model's so that they stay the population's mean."""
+    names = groups(experts)
     num_clients, num_experts = jax.tree.leaves(personal)[0].shape[:2]
-    slot = jnp.where(cohort.present[:, None] & (held != NO_EXPERT), held, num_experts)
-    personal = jax.tree.map(lambda rows, delta: rows.at[cohort.client[:, None], slot].add(delta, mode="drop"), personal, deltas)
+    own = cohort.present[:, None] & (held != NO_EXPERT)
+
+    def add(rows_of, rows, delta):
+        held, own = rows_of
+        slot = jnp.where(own, held % num_experts, num_experts)
+        return rows.at[cohort.client[:, None], slot].add(delta, mode="drop")
+
+    personal = map_groups(add, names, (held, own), personal, deltas)
     rows, others = nnx.split_state(experts, RouterParam, ...)
-    share = jnp.where(slot < num_experts, 1 / num_clients, 0.0)
-    rows = jax.tree.map(jnp.add, rows, combine(deltas, held, share, num_experts))
+    share = jnp.where(own, 1 / num_clients, 0.0)
+    rows = jax.tree.map(jnp.add, rows, combine(deltas, held, share, num_experts, names))
     return personal, nnx.merge_state(rows, others)
 
 

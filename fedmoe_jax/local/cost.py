@@ -12,7 +12,7 @@ from flax import nnx
 from jax.extend import core
 
 from fedmoe_jax.base import Batch, LossFn, RoundCost
-from fedmoe_jax.experts import Partition, RouterParam
+from fedmoe_jax.experts import Partition, RouterParam, groups
 from fedmoe_jax.local.primal import objective, solo_losses
 
 
@@ -55,6 +55,15 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def expert_bytes(experts: Any, *, personal_router: bool = False) -> tuple[int, ...]:
+    """Bytes of one expert of each group that travel, in the order of `experts.groups`; without router rows that stay on the client."""
+    total = dict.fromkeys(groups(experts), 0)
+    for variable in jax.tree.leaves(experts, is_leaf=lambda node: isinstance(node, nnx.Variable)):
+        if not (personal_router and isinstance(variable, RouterParam)):
+            total[variable.group] += tree_bytes(variable) // variable.shape[0]
+    return tuple(total.values())
+
+
 def round_cost(
     parts: Partition,
     loss_fn: LossFn,
@@ -63,25 +72,29 @@ def round_cost(
     *,
     personal_router: bool = False,
     solo_batch: Batch | None = None,
+    max_slots: int = 1,
 ) -> RoundCost:
-    """The cost of a client's round from the actual model: the program is traced with one and with two experts.
+    """The cost of a client's round from the actual model: the program is traced with one and with two experts of each group.
 
     Args:
       batch: one batch's shapes (arrays or `jax.ShapeDtypeStruct`).
       personal_router: whether router rows stay on the client and do not travel.
       solo_batch: shapes of the batch on which experts are scored alone; None if they are not.
+      max_slots: experts that the client holds of each other group while one is scored alone, at most.
 
     Returns:
-      What an expert costs is the difference between two held experts and one, or three and two. Memory is weights, gradients,
-      deltas and optimizer state, plus every intermediate of the forward pass on one batch.
+      What an expert costs, one of every group, is the difference between two held experts and one, or three and two. Memory is
+      weights, gradients, deltas and optimizer state, plus every intermediate of the forward pass on one batch.
     """
     one = jax.eval_shape(lambda tree: jax.tree.map(lambda weight: weight[:1], tree), parts.experts)
+
+    num_groups = len(groups(parts.experts))
 
     def held(slots):
         return jax.tree.map(lambda w: jax.ShapeDtypeStruct((slots, *w.shape[1:]), w.dtype), parts.experts)
 
     def arguments(slots):
-        return held(slots), parts.shared, batch, jnp.ones(slots, bool), jnp.zeros(slots), jax.random.key(0)
+        return held(slots), parts.shared, batch, jnp.ones(num_groups * slots, bool), jnp.zeros(num_groups * slots), jax.random.key(0)
 
     def flops(slots):
         return count_flops(jax.grad(lambda *a: objective(parts, loss_fn, *a)[0], (0, 1)), *arguments(slots)) / batch.mask.shape[0]
@@ -93,21 +106,22 @@ def round_cost(
         if solo_batch is None:
             return 0
         score = functools.partial(solo_losses, parts=parts, loss_fn=loss_fn)
-        return count_flops(score, jax.random.key(0), solo_batch, held(candidates), parts.shared)
+        slots = num_groups * min(candidates, max_slots)
+        return count_flops(score, jax.random.key(0), solo_batch, held(candidates), parts.shared, jnp.ones(slots, bool), jnp.zeros(slots))
 
     kept = max(activations(3) - activations(2), 0)  # the program of a single expert is another, without a batch of experts
-    router_bytes = tree_bytes(nnx.split_state(one, RouterParam, ...)[0]) if personal_router else 0
-    expert_bytes, shared_bytes = tree_bytes(one), tree_bytes(parts.shared)
-    copies = 3.0 + tree_bytes(jax.eval_shape(optimizer.init, one)) / expert_bytes
-    memory = copies * shared_bytes + max(activations(2) - 2 * kept, 0), copies * expert_bytes + kept
-    numbers = (shared_bytes, expert_bytes - router_bytes, *memory, *_shared_and_each(flops), *_shared_and_each(solo))
+    travels = sum(expert_bytes(parts.experts, personal_router=personal_router))
+    copies = 3.0 + tree_bytes(jax.eval_shape(optimizer.init, one)) / tree_bytes(one)
+    shared_bytes = tree_bytes(parts.shared)
+    memory = copies * shared_bytes + max(activations(2) - 2 * kept, 0), copies * tree_bytes(one) + kept
+    numbers = (shared_bytes, travels, *memory, *_shared_and_each(flops), *_shared_and_each(solo, max_slots if num_groups > 1 else 1))
     return RoundCost(*(jnp.float32(number) for number in numbers))
 
 
-def _shared_and_each(count: Callable[[int], int | float]) -> tuple[int | float, int | float]:
-    """The parts of `count(experts)` that do not and that do grow with the experts."""
-    one, two = count(1), count(2)
-    return 2 * one - two, two - one
+def _shared_and_each(count: Callable[[int], int | float], first: int = 1) -> tuple[int | float, int | float]:
+    """The parts of `count(experts)` that do not and that do grow with the experts, from `first` experts and one more."""
+    one, two = count(first), count(first + 1)
+    return (first + 1) * one - first * two, two - one
 
 
 def _intermediate_bytes(jaxpr: Any) -> int:

@@ -5,22 +5,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fedmoe_jax.base import Batch, LossFn, Population, pytree
-from fedmoe_jax.experts import Partition, Slots, bind, report
+from fedmoe_jax.experts import Partition, Slots, bind, by_group, groups, report
 from fedmoe_jax.sampling import permutation
 
 
 @pytree
 class LocalResult:
-    """What one client's training leaves: the deltas of what it received, and sums over all its local steps."""
+    """What one client's training leaves: the deltas of what it received, and sums over all its local steps.
+
+    Weights have the slots of their group, sums those of all groups, group after group.
+    """
 
     experts: PyTree[Float[Array, "slot ..."]]
     shared: PyTree[Float[Array, "..."]]
-    tokens: Float[Array, " slot"]
-    correct: Float[Array, " slot"]
-    loss: Float[Array, " slot"]
+    tokens: Float[Array, " all_slots"]
+    correct: Float[Array, " all_slots"]
+    loss: Float[Array, " all_slots"]
     train_loss: Float[Array, ""]
     trained: Float[Array, ""]
 
@@ -66,8 +70,8 @@ def train(
     client: Int[Array, ""],
     experts: PyTree[Float[Array, "slot ..."]],
     shared: PyTree[Float[Array, "..."]],
-    held: Bool[Array, " slot"],
-    prior: Float[Array, " slot"],
+    held: Bool[Array, " all_slots"],
+    prior: Float[Array, " all_slots"],
     *,
     parts: Partition,
     loss_fn: LossFn,
@@ -79,6 +83,7 @@ def train(
 ) -> LocalResult:
     """Trains one client's slots and its copy of the shared parameters; vmap lifts it to a cohort.
 
+    `experts` has the slots of each weight's group, `held` and `prior` those of all groups, group after group.
     `prox` is the weight of FedProx's pull towards the received weights (Li et al., MLSys 2020, eq. 2). Under vmap clients
     with fewer steps wait, unchanged, for the one with the most.
     """
@@ -108,19 +113,37 @@ def solo_losses(
     batch: Batch,
     experts: PyTree[Float[Array, "candidate ..."]],
     shared: PyTree[Float[Array, "..."]],
+    held: Bool[Array, " all_slots"],
+    prior: Float[Array, " all_slots"],
     *,
     parts: Partition,
     loss_fn: LossFn,
-) -> Float[Array, " candidate"]:
+) -> Float[Array, "group candidate"]:
     """The loss of each candidate expert used alone, as received, on one batch of a client's examples.
 
-    What does not depend on the expert, such as the layers below the first MoE layer, is computed once for all.
+    Its group's layers use the candidate alone, the others what the client holds. What does not depend on the candidate, such
+    as the layers below the first MoE layer, is computed once for all.
+
+    Args:
+      experts: the client's slots of each group, then its other candidates.
+      held, prior: of the slots of all groups.
     """
-    alone = Slots(jnp.ones(1, bool), jnp.zeros(1), batch.mask)
+    names = groups(parts.experts)
+    held, prior = by_group(held, len(names)), by_group(prior, len(names))
 
-    def one(expert):
-        model = bind(parts, jax.tree.map(lambda weight: weight[None], expert), shared, alone)
-        loss, _ = loss_fn(model, batch, key)
-        return jnp.where(batch.mask, loss, 0).sum() / jnp.maximum(batch.mask.sum(), 1)
+    def put(rows, place, value):
+        return jnp.concatenate([rows[:place].reshape(-1), jnp.full(1, value, rows.dtype), rows[place + 1 :].reshape(-1)])
 
-    return jax.vmap(one)(experts)
+    def losses(place, name):
+        candidates, others = nnx.split_state(experts, lambda _, variable: variable.group == name, ...)
+        others = jax.tree.map(lambda weight: weight[: held.shape[1]], others)
+        slots = Slots(put(held, place, True), put(prior, place, 0), batch.mask)
+
+        def one(candidate):
+            alone = jax.tree.map(lambda weight: weight[None], candidate)
+            loss, _ = loss_fn(bind(parts, nnx.merge_state(alone, others), shared, slots), batch, key)
+            return jnp.where(batch.mask, loss, 0).sum() / jnp.maximum(batch.mask.sum(), 1)
+
+        return jax.vmap(one)(candidates)
+
+    return jnp.stack([losses(place, name) for place, name in enumerate(names)])

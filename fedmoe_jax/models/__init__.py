@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 from jax.typing import DTypeLike
 
+from fedmoe_jax.experts import ExpertParam, groups
 from fedmoe_jax.models import losses as losses
 from fedmoe_jax.models.mlp import MLP as MLP
 from fedmoe_jax.models.resnet import ResNet as ResNet
@@ -26,6 +27,7 @@ def create(
     top_k: int,
     seed: int,
     dtype: DTypeLike | None = None,
+    per_layer: bool = False,
     **options: Any,
 ) -> nnx.Module:
     """A model by name, with weights drawn from `seed`.
@@ -38,6 +40,8 @@ def create(
       num_experts, top_k: experts of each MoE layer, and how many a token uses.
       seed: of the initial weights.
       dtype: what the model computes in; parameters are float32.
+      per_layer: gives the experts of each layer an assignment of their own; a model with one such layer, as mlp and resnet,
+        stays as it is, and a callable must have made `group`s of its ExpertParams itself.
       options: further arguments of the model.
 
     Raises:
@@ -45,7 +49,11 @@ def create(
     """
     common: dict[str, Any] = dict(num_experts=num_experts, top_k=top_k, dtype=dtype)
     if ":" in name:
-        return _foreign(name, dict(common, input_shape=input_shape, num_classes=num_classes, seed=seed) | options)
+        model = _foreign(name, dict(common, input_shape=input_shape, num_classes=num_classes, seed=seed) | options)
+        if per_layer and groups(nnx.state(model, ExpertParam)) == (None,):
+            reason = "set `group` of its ExpertParams, or of its nn.MoE layers, in the model itself"
+            raise ValueError(f"model {name!r} has no groups of experts for an assignment per layer: {reason}")
+        return model
     if name not in _MODELS:
         raise ValueError(f"model is {name!r}, must be one of {', '.join(_MODELS)}, or package.module:name")
     make = _MODELS[name]
@@ -54,9 +62,9 @@ def create(
     known = {parameter for cls in (make, MoE) for parameter in inspect.signature(cls.__init__).parameters}
     if unknown := sorted(set(options) - known):
         raise ValueError(f"model {name!r} has no option {', '.join(unknown)}")
-    shape: dict[str, Any] = (
-        dict(vocabulary=num_classes) if name == "transformer" else dict(input_shape=input_shape, num_classes=num_classes)
-    )
+    shape: dict[str, Any] = dict(input_shape=input_shape, num_classes=num_classes)
+    if name == "transformer":
+        shape = dict(vocabulary=num_classes, per_layer=per_layer)
     try:
         return make(**shape, **common, **options, rngs=nnx.Rngs(seed))
     except (TypeError, ZeroDivisionError) as error:

@@ -38,7 +38,8 @@ class Transformer(nnx.Module):
       vocabulary: number of token ids.
       layers, features: depth and width.
       heads, kv_heads, head_dim, qk_norm, rope_base: see `nn.attention.Attention`.
-      num_experts, top_k: experts of each layer, and how many a token uses. All layers share one assignment.
+      num_experts, top_k: experts of each layer, and how many a token uses.
+      per_layer: whether the experts of each layer follow an assignment of their own; else all layers share one.
       expert_hidden: width inside an expert.
       max_length: longest text accepted; None for any.
       tie_embeddings: whether the head is the transposed embedding.
@@ -59,6 +60,7 @@ class Transformer(nnx.Module):
         rope_base: float = 10000.0,
         num_experts: int = 8,
         top_k: int = 2,
+        per_layer: bool = False,
         expert_hidden: int = 256,
         max_length: int | None = None,
         tie_embeddings: bool = False,
@@ -69,16 +71,17 @@ class Transformer(nnx.Module):
         attention: dict[str, Any] = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, qk_norm=qk_norm, rope_base=rope_base)
         moe: dict[str, Any] = dict(top_k=top_k, activation="swiglu", use_bias=False) | moe_options
 
-        def layer():
+        def layer(index):
+            group: dict[str, Any] = dict(group=f"layers.{index}") if per_layer else {}
             return Layer(
                 features,
                 attention=Attention(features, **attention, dtype=dtype, rngs=rngs),
-                moe=MoE(features, expert_hidden, num_experts, **moe, dtype=dtype, rngs=rngs),
+                moe=MoE(features, expert_hidden, num_experts, **moe, **group, dtype=dtype, rngs=rngs),
                 residual_scale=(2 * layers) ** -0.5,
             )
 
         self.embedding = nnx.Param(variance_scaling(rngs.params(), (vocabulary, features), features))
-        self.layers = nnx.List([layer() for _ in range(layers)])
+        self.layers = nnx.List([layer(index) for index in range(layers)])
         self.norm = RMSNorm(features)
         self.head = None if tie_embeddings else Linear(features, vocabulary, use_bias=False, dtype=dtype, rngs=rngs)
         self.max_length = max_length

@@ -60,6 +60,7 @@ class MoE(nnx.Module):
       token_capacity: a slot takes at most ceil(token_capacity * pairs / slots) of the (token, choice) pairs, overflow
         gets nothing from it. First choices go before second ones, then earlier tokens before later ones.
       shared_experts: adds a dense network of width shared_experts * hidden that every client holds and every token uses.
+      group: name of the assignment that the experts follow, see `experts.ExpertParam`.
       dtype: what experts compute in, by default the dtype of x. The router computes in float32 always.
       rngs: initial weights.
 
@@ -82,6 +83,7 @@ class MoE(nnx.Module):
         token_capacity: float | None = None,
         shared_experts: int = 0,
         out_features: int | None = None,
+        group: str | None = None,
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
@@ -90,15 +92,15 @@ class MoE(nnx.Module):
         use_bias = activation != "swiglu" if use_bias is None else use_bias
 
         def weights(fan_in, fan_out, scale):
-            return ExpertParam(variance_scaling(rngs.params(), (num_experts, fan_in, fan_out), fan_in, scale))
+            return ExpertParam(variance_scaling(rngs.params(), (num_experts, fan_in, fan_out), fan_in, scale), group=group)
 
         # Equal rows would send every token to the first slot, so the router starts small but not at zero.
-        self.router = RouterParam(variance_scaling(rngs.params(), (num_experts, features), features, 0.1))
+        self.router = RouterParam(variance_scaling(rngs.params(), (num_experts, features), features, 0.1), group=group)
         self.w_in = weights(features, hidden, 1.0 if activation == "swiglu" else 2.0)
         self.w_gate = weights(features, hidden, 1.0) if activation == "swiglu" else None
         self.w_out = weights(hidden, out_features, 1.0)
-        self.b_in = ExpertParam(jnp.zeros((num_experts, hidden))) if use_bias else None
-        self.b_out = ExpertParam(jnp.zeros((num_experts, out_features))) if use_bias else None
+        self.b_in = ExpertParam(jnp.zeros((num_experts, hidden)), group=group) if use_bias else None
+        self.b_out = ExpertParam(jnp.zeros((num_experts, out_features)), group=group) if use_bias else None
         self.shared = (
             FeedForward(features, shared_experts * hidden, out_features, activation=activation, use_bias=use_bias, dtype=dtype, rngs=rngs)
             if shared_experts

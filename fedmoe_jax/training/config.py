@@ -21,6 +21,7 @@ FITNESSES = ("solo", "loss", "accuracy", "usage")
 ROUTERS = ("shared", "personal", "statistics")
 PROFILES = tuple(SOURCES)
 PROFILE_FILES = (".json", ".jsonl")
+ASSIGNMENTS = ("shared", "per_layer")
 ENGINES = ("auto", "primal")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adam", "adamw", "lion", "rmsprop", "yogi")
@@ -81,6 +82,8 @@ class TrainConfig:
     """Weight of the FedProx term, which pulls clients to the global model."""
     aligner: str = "balanced"
     """Who trains which expert: random, greedy, load_only, balanced, full, or package.module:name."""
+    assignment: str = "shared"
+    """shared, one for the experts of all layers, or per_layer; a model of one's own makes `group`s of its experts for that."""
     fitness: str = "solo"
     """Feedback that scores a client-expert pair: solo, loss, accuracy or usage."""
     beta: float = 0.6
@@ -119,6 +122,7 @@ _NAMES = {
     "split": SPLITS,
     "model": MODELS,
     "aligner": ALIGNERS,
+    "assignment": ASSIGNMENTS,
     "fitness": FITNESSES,
     "router": ROUTERS,
     "profile": PROFILES,

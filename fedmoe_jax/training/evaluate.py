@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from fedmoe_jax.base import NO_EXPERT, Batch, stage_key
 from fedmoe_jax.data import sources
-from fedmoe_jax.experts import RouterParam, Slots, bind, gather, num_experts
+from fedmoe_jax.experts import Slots, bind, gather, groups, num_experts
+from fedmoe_jax.local.cohort import own_routers
 from fedmoe_jax.round import State
 from fedmoe_jax.sampling import cohort as sample
 from fedmoe_jax.training.checkpoint import Checkpoints
@@ -28,7 +28,8 @@ _CHUNK = 50
 
 def global_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
     """evaluate(state) -> eval_loss and eval_accuracy: all experts, shared router, no prior, the global test set."""
-    parts, experts = setup.parts, num_experts(setup.parts.experts)
+    parts = setup.parts
+    experts = len(groups(parts.experts)) * num_experts(parts.experts)
     size = min(_BATCH, len(setup.test[0]))
 
     def one(weights, x, y, rows, key):
@@ -63,8 +64,7 @@ def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], di
     def accuracy(state, holdout, client, held, prior):
         experts = gather(state.experts, held)
         if state.personal is not None:
-            own = jax.tree.map(lambda rows: rows[client, jnp.maximum(held, 0)], state.personal)
-            experts = nnx.merge_state(own, nnx.split_state(experts, RouterParam, ...)[1])
+            experts = own_routers(experts, state.personal, client, held)
 
         def add(index, right):
             batch = holdout.batch(client, index * _CLIENT_BATCH + jnp.arange(_CLIENT_BATCH))
@@ -80,9 +80,7 @@ def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], di
     def evaluate(state, holdout, cohort):
         key = stage_key(jax.random.fold_in(state.key, state.round), "evaluate")
         alignment, _ = setup.aligner.align(key, state.aligner, cohort)
-        centred = alignment.fitness - alignment.fitness_mean[:, None]
-        prior = jnp.where(alignment.held == NO_EXPERT, 0, setup.config.router_prior * centred)
-        rows = (cohort.client, alignment.held, prior)
+        rows = (cohort.client, alignment.held, setup.config.router_prior * alignment.centred)
         return jax.lax.map(lambda row: accuracy(state, holdout, *row), rows, batch_size=min(chunk, _CHUNK, cohort.client.shape[0]))
 
     def run(state: State) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fedmoe_jax.base import Aligner, ClientProfile, Cohort, Fitness, stage_key
 from fedmoe_jax.data import partition as splits
 from fedmoe_jax.data import sources
 from fedmoe_jax.data.population import Population
-from fedmoe_jax.experts import Partition, partition
+from fedmoe_jax.experts import Partition, groups, partition
 from fedmoe_jax.local.cohort import batch_shape
 from fedmoe_jax.local.cost import round_cost
 from fedmoe_jax.local.plan import chunk_size
@@ -60,11 +60,17 @@ class Setup:
         )  # fmt: skip
 
     def aligner_scores(self, state: State) -> Any:
-        """Fitness [client, expert] of the first 1,000 clients, for a picture; None where the aligner learns none that we can read."""
+        """Fitness [client, expert] of the first 1,000 clients, for a picture; None where the aligner learns none that we can read.
+
+        Experts go group after group.
+        """
         learnt = getattr(state.aligner, "fitness", None)
         if not isinstance(learnt, fitness.FitnessState):
             return None
-        return np.asarray(self.fitness.score(learnt, jnp.arange(min(self.population.num_clients, 1000))))
+        client = jnp.arange(min(self.population.num_clients, 1000))
+        if self.aligner.groups == 1:
+            return np.asarray(self.fitness.score(learnt, client))
+        return np.concatenate(jax.vmap(self.fitness.score, (0, None))(learnt, client), axis=1)
 
     def cost(self) -> Any:
         """What one round costs one client."""
@@ -72,7 +78,8 @@ class Setup:
         batch = batch_shape(self.population, config.batch_size)
         solo = batch if config.fitness == "solo" else None
         optimizer = client_optimizer(config)(jnp.int32(0))
-        return round_cost(self.parts, self.loss_fn, optimizer, batch, personal_router=config.router == "personal", solo_batch=solo)
+        options: dict[str, Any] = dict(personal_router=config.router == "personal", solo_batch=solo, max_slots=self.aligner.max_slots)
+        return round_cost(self.parts, self.loss_fn, optimizer, batch, **options)
 
     def admit(self, client: jax.Array) -> Cohort:
         """These clients as a cohort, with the slots that a round would give them."""
@@ -133,7 +140,7 @@ def _clients(config: TrainConfig, dataset: sources.Dataset) -> list[np.ndarray]:
 
 def _assemble(config, population, holdout, test, num_classes):
     options: dict[str, Any] = dict(config.model_options)
-    if taken := sorted(set(options) & {"input_shape", "num_classes", "num_experts", "top_k", "seed", "dtype"}):
+    if taken := sorted(set(options) & {"input_shape", "num_classes", "num_experts", "top_k", "seed", "dtype", "per_layer"}):
         raise ValueError(f"model_options: {', '.join(taken)} cannot be set there, it follows from the data or has a field of its own")
     if config.model in MODELS:
         options = {"balance_weight": config.balance_weight, "shared_experts": config.shared_experts, **options}
@@ -141,12 +148,17 @@ def _assemble(config, population, holdout, test, num_classes):
         raise ValueError(f"shared_experts: {config.model} must make its own; leave it at 0, or pass it with model_options")
     model = models.create(
         config.model, input_shape=population.x.shape[1:], num_classes=num_classes, num_experts=config.experts,
-        top_k=config.top_k, seed=config.seed, dtype=None if config.dtype == "float32" else jnp.bfloat16, **options,
+        top_k=config.top_k, seed=config.seed, dtype=None if config.dtype == "float32" else jnp.bfloat16,
+        per_layer=config.assignment == "per_layer", **options,
     )  # fmt: skip
     if config.init_from is not None:
         load_weights(model, config.init_from)
+    parts = partition(model)
+    number = len(groups(parts.experts))
+    if number > 1 and config.assignment == "shared":
+        raise ValueError(f"assignment: {config.model} has {number} groups of experts, each with an assignment of its own; use per_layer")
     setup = Setup(
-        config, population, holdout, test, num_classes, model, partition(model), make_aligner(config),
+        config, population, holdout, test, num_classes, model, parts, make_aligner(config, number),
         models.losses.cross_entropy, make_fitness(config),
     )  # fmt: skip
     try:
@@ -168,15 +180,18 @@ def make_fitness(config: TrainConfig) -> Fitness:
     return scores[config.fitness]()
 
 
-def make_aligner(config: TrainConfig) -> Aligner:
-    """The aligner that a configuration names."""
+def make_aligner(config: TrainConfig, groups: int = 1) -> Aligner:
+    """The aligner that a configuration names, for so many groups of experts."""
     common: dict[str, Any] = dict(fitness=make_fitness(config), load=load.monitor(tolerance=config.tolerance))
     if config.aligner == "full":
-        return alignment.full(num_experts=config.experts, **common)
+        return alignment.full(num_experts=config.experts, groups=groups, **common)
     common |= dict(num_experts=config.experts, max_slots=config.slots)
     if ":" in config.aligner:
-        return foreign(config.aligner, "aligner", Aligner, **common)
-    return getattr(alignment, config.aligner)(**common)
+        made = foreign(config.aligner, "aligner", Aligner, **common)
+        if groups > 1 and made.num_experts is None:
+            made = made._replace(num_experts=config.experts)
+        return alignment.grouped(made, groups)
+    return getattr(alignment, config.aligner)(groups=groups, **common)
 
 
 def foreign(name: str, field: str, kind: type, **arguments: Any) -> Any:
