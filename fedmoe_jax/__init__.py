@@ -1,10 +1,11 @@
 """Federated training of Mixture-of-Experts models over simulated clients, vectorised in JAX."""
 
-from fedmoe_jax import aggregation, alignment, models, nn
+from fedmoe_jax import aggregation, alignment, conditions, models, nn
 from fedmoe_jax.base import NO_EXPERT, Aggregator, Aligner, Alignment, Batch, ClientProfile, Cohort, Feedback
 from fedmoe_jax.data.population import Population
 from fedmoe_jax.experts import ExpertParam, RouterParam, Slots, partition
-from fedmoe_jax.round import Algorithm, Info, State, federated_moe, rounds
+from fedmoe_jax.info import Info
+from fedmoe_jax.round import Algorithm, State, federated_moe, rounds
 
 __all__ = [
     "NO_EXPERT",
@@ -24,6 +25,7 @@ __all__ = [
     "State",
     "aggregation",
     "alignment",
+    "conditions",
     "federated_moe",
     "models",
     "nn",

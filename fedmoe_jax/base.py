@@ -169,11 +169,15 @@ class Population(Protocol):
 
 @pytree
 class Cohort:
-    """The clients of one round. Rows that are not `present` are padding and are masked everywhere."""
+    """The clients of one round. Rows that are not `present` are padding and are masked everywhere.
+
+    `cached` marks the experts whose current version a client still has; None if nobody knows.
+    """
 
     client: Int[Array, " client"]
     present: Bool[Array, " client"]
     slots: Int[Array, " client"]
+    cached: Bool[Array, "client all_experts"] | None = None
 
 
 @pytree

@@ -33,7 +33,11 @@ def current(cache: Cache, client: Int[Array, " client"], last_trained: Int[Array
 
 
 def keep(
-    cache: Cache, client: Int[Array, " client"], present: Bool[Array, " client"], received: Int[Array, "client place"], round: Int[Array, ""]
+    cache: Cache,
+    client: Int[Array, " client"],
+    present: Bool[Array, " client"],
+    received: Int[Array, "client place"],
+    round: Int[Array, ""],
 ) -> Cache:
     """The cache after a round in which the present clients got hold of the experts `received`."""
     row = jnp.where(present, client, cache.round.shape[0])  # absent rows fall off the end

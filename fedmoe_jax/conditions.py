@@ -16,9 +16,7 @@ class Conditions(NamedTuple):
     `key` is the same in all rounds of a run. A client takes `slowdown` times as long as its profile says.
     """
 
-    draw: Callable[
-        [Key[Array, ""], Int[Array, ""], Int[Array, " client"]], tuple[Bool[Array, " client"], Float[Array, " client"]]
-    ]
+    draw: Callable[[Key[Array, ""], Int[Array, ""], Int[Array, " client"]], tuple[Bool[Array, " client"], Float[Array, " client"]]]
 
 
 def steady() -> Conditions:

@@ -1,5 +1,6 @@
 """One round of federated Mixture-of-Experts training, as one pure function, and the state that it carries."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,10 +10,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from fedmoe_jax import aggregation, sampling
+from fedmoe_jax import aggregation, cache, sampling
 from fedmoe_jax.alignment import capacity
-from fedmoe_jax.base import NO_EXPERT, Aggregator, Aligner, Cohort, LossFn, Population, RoundCost, pytree, stage_key
-from fedmoe_jax.experts import by_group, combine, groups, held_mask, map_groups, num_experts, partition
+from fedmoe_jax.base import Aggregator, Aligner, Cohort, LossFn, Population, RoundCost, pytree, stage_key
+from fedmoe_jax.conditions import Conditions, steady
+from fedmoe_jax.experts import combine, groups, map_groups, num_experts, partition
+from fedmoe_jax.info import Info, downloads, summarize
 from fedmoe_jax.local.cohort import Trainer, keep_routers, router_rows
 
 
@@ -20,7 +23,8 @@ from fedmoe_jax.local.cohort import Trainer, keep_routers, router_rows
 class State:
     """What the next round reads. `personal` holds each client's own router rows, or None when they are shared.
 
-    `tokens` and `last_trained` have the experts of all groups, group after group.
+    `tokens` and `last_trained` have the experts of all groups, group after group. `pace` is how many times as long as its
+    profile says each client took lately.
     """
 
     key: Key[Array, ""]
@@ -32,31 +36,8 @@ class State:
     aligner: PyTree
     tokens: Float[Array, " all_experts"]
     last_trained: Int[Array, " all_experts"]
-
-
-@pytree
-class Info:
-    """What a person reads of a round. Bytes and seconds are the round's own; `load` counts clients, `tokens` tokens, of
-    each expert of each group, group after group. Seconds take an expert for one of every group, as `base.RoundCost`.
-
-    `load_cv` is the coefficient of variation of `load`, `load_cv_total` that of tokens per expert since the start.
-    """
-
-    train_loss: Float[Array, ""]
-    load: Int[Array, " all_experts"]
-    tokens: Float[Array, " all_experts"]
-    load_cv: Float[Array, ""]
-    load_cv_total: Float[Array, ""]
-    coverage: Float[Array, ""]
-    staleness_max: Int[Array, ""]
-    fitness_mean: Float[Array, ""]
-    assignment_value: Float[Array, ""]
-    bytes_down: Float[Array, ""]
-    bytes_up: Float[Array, ""]
-    simulated_seconds: Float[Array, ""]
-    clients: Int[Array, ""]
-    dropped_clients: Int[Array, ""]
-    rejected_updates: Int[Array, ""]
+    pace: Float[Array, " population"]
+    cache: cache.Cache
 
 
 class Algorithm(NamedTuple):
@@ -81,6 +62,7 @@ def federated_moe(
     router: str = "shared",
     router_prior: float = 0.0,
     deadline: float | None = None,
+    conditions: Conditions | None = None,
     solo_examples: int | None = None,
     chunk_size: int | None = None,
     aggregator: Aggregator | None = None,
@@ -101,7 +83,9 @@ def federated_moe(
       router: "shared", or "personal": router rows stay on the client. Those of the global model are the population's mean,
         which the simulation keeps for evaluation and which no client sends.
       router_prior: multiple of a client's centred fitness added to its router logits during its own training.
-      deadline: seconds that a client has; it limits slots, and clients too slow for the shared part are dropped.
+      deadline: seconds that a client has; it limits slots. Clients too slow for the shared part take no part, and what
+        arrives late is lost.
+      conditions: who can be reached and how fast clients really are; default `conditions.steady()`.
       solo_examples: examples of the solo evaluation, 0 for none; `batch_size` if None.
       chunk_size: clients trained side by side; all of the cohort if None. Changes results by rounding only.
       personal_budget_bytes: most that personal routers may take in all.
@@ -113,6 +97,8 @@ def federated_moe(
         model, aligner, cohort_size, local_epochs, local_steps, batch_size, prox, router, router_prior, deadline, solo_examples, chunk_size
     )
     aggregator = aggregation.mean() if aggregator is None else aggregator
+    conditions = steady() if conditions is None else conditions
+    limit = jnp.inf if deadline is None else deadline
     trainer = Trainer(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, prox, router == "personal",
         batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
@@ -128,8 +114,11 @@ def federated_moe(
         weights = jax.tree.map(jnp.copy, (parts.experts, parts.shared))
         never = jnp.full(experts, -1, jnp.int32)
         learnt = jax.tree.map(jnp.copy, aligner.init(population.num_clients))  # arrays that occur twice cannot be donated
+        places = len(groups(parts.experts)) * (aligner.max_slots + aligner.probes)
+        pace, nothing = jnp.ones(population.num_clients), cache.empty(population.num_clients, places)
+        optimizer = server_optimizer.init(weights)
         return State(
-            jnp.copy(key), jnp.int32(0), weights[0], weights[1], personal, server_optimizer.init(weights), learnt, jnp.zeros(experts), never
+            jnp.copy(key), jnp.int32(0), weights[0], weights[1], personal, optimizer, learnt, jnp.zeros(experts), never, pace, nothing
         )
 
     @jax.jit
@@ -137,20 +126,31 @@ def federated_moe(
         key = jax.random.fold_in(state.key, state.round)
         cost = trainer.cost(population, state.round)
         sampled = sampling.cohort(stage_key(key, "cohort"), population.num_clients, cohort_size)
+        available, slowdown = conditions.draw(stage_key(state.key, "conditions"), state.round, sampled)
         examples = trainer.examples(jax.vmap(population.num_examples)(sampled))
-        cohort, admitted = admit(population, sampled, cost, aligner, deadline=deadline, examples=examples)
+        cached = cache.current(state.cache, sampled, state.last_trained)
+        limits = dict(deadline=deadline, examples=examples, pace=state.pace[sampled], available=available, cached=cached)
+        cohort, admitted = admit(population, sampled, cost, aligner, **limits)
         alignment, aligned = aligner.align(stage_key(key, "align"), state.aligner, cohort)
+        traffic = downloads(alignment, cached, trainer.expert_bytes())
+        planned = _seconds(population, cost, alignment, traffic, examples, sampled)
+        taken = slowdown * planned
+        on_time = taken <= limit
+        trainees = dataclasses.replace(cohort, present=cohort.present & on_time)
         prior = router_prior * alignment.centred
-        delta, routers, feedback, summary = trainer.train(stage_key(key, "local"), state, population, cohort, alignment, prior)
+        delta, routers, feedback, summary = trainer.train(stage_key(key, "local"), state, population, trainees, alignment, prior)
         tokens = combine(feedback.tokens.astype(jnp.float32), alignment.held, jnp.ones(alignment.held.shape), experts)
         (weights, shared), optimizer = _serve(server_optimizer, state, delta, tokens, feedback.examples.sum())
         personal = None
         if routers is not None:
-            personal, weights = keep_routers(state.personal, weights, routers, cohort, alignment.held)
-        learnt = aligner.learn(aligned, cohort, alignment, feedback)
-        last = jnp.where(tokens > 0, state.round, state.last_trained)
-        new = State(state.key, state.round + 1, weights, shared, personal, optimizer, learnt, state.tokens + tokens, last)
-        return new, _info(new, cohort, alignment, population, cost, trainer.expert_bytes(), examples, admitted, tokens, summary)
+            personal, weights = keep_routers(state.personal, weights, routers, trainees, alignment.held)
+        learnt = aligner.learn(aligned, trainees, alignment, feedback)
+        total, last = state.tokens + tokens, jnp.where(tokens > 0, state.round, state.last_trained)
+        pace, kept = _of_clients(state, cohort, alignment, taken, planned)
+        new = State(state.key, state.round + 1, weights, shared, personal, optimizer, learnt, total, last, pace, kept)
+        dropped = available & ~admitted | cohort.present & ~on_time
+        facts = dict(tokens=tokens, total=total, staleness=state.round - last, dropped=dropped)
+        return new, summarize(cohort, trainees, alignment, cost, traffic, jnp.minimum(taken, limit), summary, **facts)
 
     return Algorithm(init, step)
 
@@ -177,20 +177,44 @@ def rounds(step: Callable[[State, Population], tuple[State, Info]], most: int) -
 
 
 def admit(
-    population: Population, client: Int[Array, " client"], cost: RoundCost, aligner: Aligner, *, deadline: float | None, examples: Array
+    population: Population,
+    client: Int[Array, " client"],
+    cost: RoundCost,
+    aligner: Aligner,
+    *,
+    deadline: float | None,
+    examples: Int[Array, " client"],
+    pace: Float[Array, " client"] | float = 1.0,
+    available: Bool[Array, " client"] | bool = True,
+    cached: Bool[Array, "client all_experts"] | None = None,
 ) -> tuple[Cohort, Bool[Array, " client"]]:
-    """The cohort of these clients with its slots, and who fits into memory and deadline at all.
+    """The cohort of these clients with its slots, and who fits into memory and deadline at all, at its pace.
 
-    Present are those of them that have data; `examples` are what each client processes in the round.
+    Present are those of them that are available and have data; `examples` are what each client processes in the round.
     """
     profile = jax.tree.map(lambda row: row[client], population.profile)
     limits: dict[str, Any] = dict(deadline=deadline, max_slots=aligner.max_slots, examples=examples, probes=aligner.probes)
-    slots = capacity.slots(profile, cost, **limits)
+    slots = capacity.slots(profile, cost, **limits, pace=pace)
     admitted = cost.shared_memory <= profile.memory_bytes
     if deadline is not None:
-        admitted &= capacity.seconds(profile, cost, jnp.zeros_like(slots), examples=examples) <= deadline
-    present = admitted & (examples > 0)
-    return Cohort(client, present, jnp.where(present, slots, 0)), admitted
+        admitted &= pace * capacity.seconds(profile, cost, jnp.zeros_like(slots), examples=examples) <= deadline
+    present = available & admitted & (examples > 0)
+    return Cohort(client, present, jnp.where(present, slots, 0), cached), admitted
+
+
+def _seconds(population, cost, alignment, traffic, examples, client) -> Float[Array, " client"]:
+    """What the round takes each client by its profile."""
+    profile = jax.tree.map(lambda row: row[client], population.profile)
+    experts = traffic.bytes_down / cost.expert_bytes
+    return capacity.seconds(profile, cost, traffic.held, examples=examples, probes=traffic.probed, downloads=experts)
+
+
+def _of_clients(state, cohort, alignment, taken, planned):
+    """Pace and cache of all clients after a round that took those of the cohort so many seconds."""
+    row = jnp.where(cohort.present, cohort.client, state.pace.shape[0])  # absent rows fall off the end
+    pace = state.pace.at[row].set(capacity.observe(state.pace[cohort.client], taken, planned), mode="drop")
+    received = jnp.concatenate([alignment.held, alignment.probed], axis=1)
+    return pace, cache.keep(state.cache, cohort.client, cohort.present, received, state.round)
 
 
 def _serve(server_optimizer, state, delta, tokens, examples):
@@ -204,38 +228,6 @@ def _serve(server_optimizer, state, delta, tokens, examples):
 
     experts = map_groups(trained, groups(experts), tokens, experts, state.experts)
     return (experts, jax.tree.map(lambda new, value: jnp.where(examples > 0, new, value), shared, state.shared)), optimizer
-
-
-def _info(state, cohort, alignment, population, cost, expert_bytes, examples, admitted, tokens, summary) -> Info:
-    held, probed = alignment.held != NO_EXPERT, alignment.probed != NO_EXPERT
-    load = held_mask(alignment.held, tokens.shape[0]).sum(0)
-    present = cohort.present
-    slots, probes = (by_group(filled, expert_bytes.shape[0]).sum(2) for filled in (held, probed))  # [client, group]
-    profile = jax.tree.map(lambda row: row[cohort.client], population.profile)
-    seconds = capacity.seconds(profile, cost, slots.max(1), examples=examples, probes=probes.max(1))
-    train_loss, rejected = summary
-    clients = present.sum()
-    return Info(
-        train_loss=train_loss,
-        load=load,
-        tokens=tokens,
-        load_cv=_cv(load),
-        load_cv_total=_cv(state.tokens),
-        coverage=(tokens > 0).mean(),
-        staleness_max=(state.round - 1 - state.last_trained).max(),
-        fitness_mean=alignment.fitness.sum() / jnp.maximum(held.sum(), 1),
-        assignment_value=alignment.fitness.sum(),
-        bytes_down=clients * cost.shared_bytes + ((slots + probes).sum(0) * expert_bytes).sum(),
-        bytes_up=clients * cost.shared_bytes + (slots.sum(0) * expert_bytes).sum(),
-        simulated_seconds=jnp.where(present, seconds, 0).max(),
-        clients=clients,
-        dropped_clients=(~admitted).sum(),
-        rejected_updates=rejected,
-    )
-
-
-def _cv(values):
-    return values.std() / jnp.maximum(values.mean(), 1e-9)
 
 
 def _checked(

@@ -1,5 +1,7 @@
 """Aligners: the same clients get the same experts in any order, bounds hold, absence means nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,3 +181,47 @@ def test_impossible_sizes_are_refused(name):
         getattr(alignment, name)(num_experts=4, max_slots=0)
     with pytest.raises(ValueError, match="num_experts is 0"):
         alignment.full(num_experts=0)
+
+
+def test_fitness_and_deficit_in_one_objective():
+    """Without weight greedy; with it, the experts that fell behind are taken although they suit less."""
+    slots = jnp.full(4, 1)
+    cohort = Cohort(jnp.arange(4), jnp.ones(4, bool), slots)
+    found = {}
+    for weight in (0.0, 1.0):
+        aligner = alignment.balanced(num_experts=EXPERTS, max_slots=1, objective="fitness+deficit", deficit_weight=weight)
+        state = aligner.init(4)
+        value = jnp.zeros((4, EXPERTS)).at[:, 0].set(0.5).at[:, 1].set(0.4)
+        behind = load.LoadState(
+            jnp.full(EXPERTS, 10.0).at[1].set(0.0), jnp.float32(EXPERTS - 1), jnp.zeros(EXPERTS), jnp.zeros(EXPERTS, int)
+        )
+        state = dataclasses.replace(state, fitness=dataclasses.replace(state.fitness, value=value), load=behind)
+        found[weight] = np.asarray(aligner.align(jax.random.key(0), state, cohort)[0].held)[:, 0]
+    np.testing.assert_array_equal(found[0.0], [0] * 4)
+    np.testing.assert_array_equal(found[1.0], [1] * 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "other"}, "objective is 'other'"),
+        ({"deficit_weight": -1.0}, "deficit_weight is -1"),
+        ({"download_price": -1.0}, "download_price is -1"),
+    ],
+)
+def test_options_of_balanced_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        alignment.balanced(num_experts=EXPERTS, max_slots=1, **options)
+
+
+def test_an_aligner_that_weighs_bytes_prefers_what_clients_have():
+    cached = jnp.eye(EXPERTS, dtype=bool)
+    cohort = Cohort(jnp.arange(EXPERTS), jnp.ones(EXPERTS, bool), jnp.full(EXPERTS, 1), cached)
+    cheap, dear = (alignment.balanced(num_experts=EXPERTS, max_slots=1, download_price=price) for price in (0.0, 0.01))
+    held = [np.asarray(aligner.align(jax.random.key(0), aligner.init(EXPERTS), cohort)[0].held)[:, 0] for aligner in (cheap, dear)]
+    np.testing.assert_array_equal(held[1], np.arange(EXPERTS))
+    assert (held[0] != held[1]).any()
+    grouped = alignment.balanced(num_experts=EXPERTS, max_slots=1, download_price=0.01, groups=2)
+    both = dataclasses.replace(cohort, cached=jnp.concatenate([cached, cached[:, ::-1]], axis=1))
+    aligned, _ = grouped.align(jax.random.key(0), grouped.init(EXPERTS), both)
+    np.testing.assert_array_equal(aligned.held, np.stack([np.arange(EXPERTS), 2 * EXPERTS - 1 - np.arange(EXPERTS)], axis=1))

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fedmoe_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES = 320
-FOUNDATION = {"devices", "base", "experts", "kernels", "sampling"}
+FOUNDATION = {"devices", "base", "experts", "kernels", "sampling", "conditions", "cache"}
 STAGES = {"alignment", "local", "aggregation", "nn"}
 EDGE = {"training", "distributed", "deploy"}
 MAY_IMPORT = {
@@ -17,10 +17,11 @@ MAY_IMPORT = {
     **{stage: FOUNDATION | {stage} for stage in STAGES},
     "models": FOUNDATION | {"nn", "models"},
     "data": {"data"},
-    "round": FOUNDATION | {"alignment", "aggregation", "local"},
-    **dict.fromkeys(EDGE, FOUNDATION | STAGES | EDGE | {"models", "data", "round"}),
-    "bench": FOUNDATION | STAGES | {"models", "data", "round", "bench"},
-    "cli": FOUNDATION | STAGES | EDGE | {"models", "data", "round", "bench", "cli"},
+    "info": FOUNDATION | {"alignment"},
+    "round": FOUNDATION | {"alignment", "aggregation", "local", "info"},
+    **dict.fromkeys(EDGE, FOUNDATION | STAGES | EDGE | {"models", "data", "info", "round"}),
+    "bench": FOUNDATION | STAGES | {"models", "data", "info", "round", "bench"},
+    "cli": FOUNDATION | STAGES | EDGE | {"models", "data", "info", "round", "bench", "cli"},
 }
 PURE = set(MAY_IMPORT) - EDGE - {"data", "bench", "cli"}
 IMPURE_IMPORTS = {"time", "logging", "datetime", "os", "sys", "io", "pathlib", "shutil", "subprocess", "socket", "tempfile", "random"}

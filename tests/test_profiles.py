@@ -97,12 +97,14 @@ def test_what_fedmoe_profile_prints_is_a_file_once_the_links_are_known(tmp_path,
 def test_a_client_of_the_file_that_is_too_slow_is_left_out(tmp_path):
     path = tmp_path / "clients.json"
     path.write_text(json.dumps([client(uplink_bytes_per_second=1.0), *ROWS[1:]]))
-    cohort = setup.build(dataclasses.replace(CONFIG, profile=str(path), deadline=10.0)).admit(jnp.arange(20))
+    made = setup.build(dataclasses.replace(CONFIG, profile=str(path), deadline=10.0))
+    cohort = made.admit(jnp.arange(20), 1.0, made.cost())
     assert not cohort.present[0] and cohort.present[1:].all() and (cohort.slots[1:] == 2).all()
 
 
 def test_real_phones_hold_none_one_or_two_experts_with_the_deadline_of_the_readme():
-    cohort = setup.build(TrainConfig(profile="phones", deadline=0.15)).admit(jnp.arange(100))
+    made = setup.build(TrainConfig(profile="phones", deadline=0.15))
+    cohort = made.admit(jnp.arange(100), 1.0, made.cost())
     counts = np.bincount(np.asarray(cohort.slots)[np.asarray(cohort.present)], minlength=3)
     assert counts.sum() > 90 and (counts > 10).all()
 

@@ -1,7 +1,8 @@
 """Aligners: capacity, fitness and load put together into who trains which experts this round."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -71,20 +72,52 @@ def load_only(
 
 
 def balanced(
-    *, num_experts: int, max_slots: int, groups: int = 1, fitness: Fitness | None = None, load: LoadMonitor | None = None
+    *,
+    num_experts: int,
+    max_slots: int,
+    groups: int = 1,
+    fitness: Fitness | None = None,
+    load: LoadMonitor | None = None,
+    objective: Literal["fitness", "fitness+deficit"] = "fitness",
+    deficit_weight: float = 1.0,
+    download_price: float = 0.0,
 ) -> Aligner:
-    """The paper's alignment: the most fitness within capacity and load bounds [1]. Arguments as in `random`.
+    """The paper's alignment: the most fitness within capacity and load bounds [1]. Arguments as in `random`, and:
+
+    Args:
+      objective: "fitness" keeps the load within the monitor's bounds. "fitness+deficit" has no bounds: each client takes
+        the experts with the highest fitness + deficit_weight * deficit / (slots of the round / num_experts).
+      deficit_weight: fitness that being behind by a mean round is worth, 0 or more.
+      download_price: fitness that saving the download of an expert is worth, 0 or more. Clients then prefer experts whose
+        current version they still have.
+
+    Raises:
+      ValueError: if an argument is out of its range.
 
     References:
       [1] "Efficient Training of Large-Scale AI Models Through Federated Mixture-of-Experts: A System-Level Approach",
         arXiv 2507.05685.
     """
+    if objective not in ("fitness", "fitness+deficit"):
+        raise ValueError(f'objective is {objective!r}, it must be "fitness" or "fitness+deficit"')
+    for name, value in {"deficit_weight": deficit_weight, "download_price": download_price}.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} is {value}, it must be 0 or more")
     monitor = load_stage.monitor() if load is None else load
 
-    def choose(key, state, cohort, score):
+    def within_bounds(key, state, cohort, score):
         lower, upper = monitor.bounds(state.load, cohort.slots, load_stage.wanted(score, cohort.slots))
         mask, info = assign.balanced(score, cohort.slots, lower, upper, key=key, prices=state.prices, return_info=True)
         return mask, info.prices
+
+    def with_deficits(key, state, cohort, score):
+        behind = monitor.deficit(state.load) * num_experts / jnp.maximum(cohort.slots.sum(), 1)
+        return assign.greedy(score + deficit_weight * behind, cohort.slots, key=client_keys(key, cohort.client)), state.prices
+
+    def choose(key, state, cohort, score):
+        if download_price and cohort.cached is not None:
+            score = score + download_price * cohort.cached
+        return (within_bounds if objective == "fitness" else with_deficits)(key, state, cohort, score)
 
     return _aligner(choose, num_experts, max_slots, groups, fitness, monitor, probing=True)
 
@@ -143,7 +176,12 @@ def grouped(aligner: Aligner, groups: int) -> Aligner:
 
     def align(key: Key[Array, ""], state: PyTree, cohort: Cohort) -> tuple[Alignment, PyTree]:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(groups))
-        each, state = jax.vmap(aligner.align, (0, 0, None))(keys, state, cohort)
+        cached = None if cohort.cached is None else apart(cohort.cached)
+
+        def one(key, state, cached):
+            return aligner.align(key, state, dataclasses.replace(cohort, cached=cached))
+
+        each, state = jax.vmap(one)(keys, state, cached)
         held, probed = renumbered(each.held, 1), renumbered(each.probed, 1)
         return Alignment(together(held), together(probed), together(each.fitness), each.fitness_mean.T), state
 
@@ -178,7 +216,7 @@ def _aligner(choose: Choose, num_experts: int, max_slots: int, groups: int, fitn
     def align(key: Key[Array, ""], state: AlignerState, cohort: Cohort) -> tuple[Alignment, AlignerState]:
         slots = jnp.where(cohort.present, jnp.minimum(cohort.slots, max_slots), 0)
         order = jnp.lexsort((cohort.client, ~cohort.present))  # so that the order of the cohort changes nothing
-        ordered = Cohort(cohort.client[order], cohort.present[order], slots[order])
+        ordered = jax.tree.map(lambda rows: rows[order], dataclasses.replace(cohort, slots=slots))
         score = fitness.score(state.fitness, ordered.client)
         mask, prices = choose(stage_key(key, "assign"), state, ordered, score)
         held = held_slots(mask, max_slots)

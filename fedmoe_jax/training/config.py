@@ -95,11 +95,19 @@ class TrainConfig:
     router_prior: float = 0.0
     """Multiple of a client's centred fitness that its router logits get."""
     tolerance: float = 0.1
-    """How far clients per expert may be from even, as a share."""
+    """How far clients per expert may be from the target of a round, as a share."""
+    demand: float = 0.0
+    """How far training of experts follows what clients ask for: 0 is even, 1 as they ask."""
     profile: str = "uniform"
     """What clients can afford: uniform, tiers (three kinds), phones (real ones), a .json or .jsonl file, or package.module:name."""
     deadline: float | None = None
     """Seconds that a client has for a round; no limit if not given."""
+    availability: float = 1.0
+    """Chance that a sampled client can be reached, above 0 and at most 1."""
+    speed_bias: float = 0.0
+    """How far a client's speed differs from its profile for good, as the deviation of its logarithm."""
+    speed_jitter: float = 0.0
+    """How far a client's speed differs from round to round, likewise."""
     engine: str = "auto"
     """Local training: auto or primal."""
     dtype: str = "float32"
@@ -138,9 +146,10 @@ _LEAST = {
     **dict.fromkeys(("classes_per_client", "population", "cohort", "experts", "slots", "top_k", "rounds", "local_epochs"), 1),
     **dict.fromkeys(("local_steps", "batch_size", "eval_every", "checkpoint_every", "chunk"), 1),
     **dict.fromkeys(("shared_experts", "probes", "seed", "balance_weight", "prox", "router_prior", "tolerance"), 0),
+    **dict.fromkeys(("demand", "speed_bias", "speed_jitter"), 0),
 }
-_ABOVE_ZERO = ("alpha", "client_lr", "server_lr", "beta", "deadline", "target")
-_MOST = {"beta": 1, "target": 1, "seed": 2**32 - 1}
+_ABOVE_ZERO = ("availability", "alpha", "client_lr", "server_lr", "beta", "deadline", "target")
+_MOST = {"availability": 1, "demand": 1, "beta": 1, "target": 1, "seed": 2**32 - 1}
 _MOST_FIELD = {"cohort": "population", "slots": "experts", "top_k": "experts", "probes": "experts"}
 
 

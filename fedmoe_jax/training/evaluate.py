@@ -59,7 +59,7 @@ def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], di
     everyone = jnp.arange(population.num_clients)
     if population.num_clients > MAX_CLIENTS:
         everyone = sample(jax.random.key(setup.config.seed), population.num_clients, MAX_CLIENTS)
-    cohort = setup.admit(everyone)
+    cost = setup.cost()
 
     def accuracy(state, holdout, client, held, prior):
         experts = gather(state.experts, held)
@@ -84,7 +84,7 @@ def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], di
         return jax.lax.map(lambda row: accuracy(state, holdout, *row), rows, batch_size=min(chunk, _CHUNK, cohort.client.shape[0]))
 
     def run(state: State) -> dict[str, Any]:
-        each = np.asarray(evaluate(state, setup.holdout, cohort))
+        each = np.asarray(evaluate(state, setup.holdout, setup.admit(everyone, state.pace[everyone], cost)))
         each = each[np.isfinite(each)]
         if not each.size:
             return {}

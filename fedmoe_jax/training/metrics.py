@@ -23,6 +23,8 @@ METRIC_FIELDS = (
     "load",
     "load_cv",
     "load_cv_total",
+    "load_gini_total",
+    "load_entropy_total",
     "coverage",
     "staleness_max",
     "fitness_mean",

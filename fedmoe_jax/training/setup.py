@@ -14,7 +14,8 @@ from flax import nnx
 
 from fedmoe_jax import alignment, models
 from fedmoe_jax.alignment import fitness, load
-from fedmoe_jax.base import Aligner, ClientProfile, Cohort, Fitness, stage_key
+from fedmoe_jax.base import Aligner, ClientProfile, Cohort, Fitness, RoundCost, stage_key
+from fedmoe_jax.conditions import varying
 from fedmoe_jax.data import partition as splits
 from fedmoe_jax.data import sources
 from fedmoe_jax.data.population import Population
@@ -51,11 +52,12 @@ class Setup:
         """The round, with `chunk` clients trained side by side."""
         config = self.config
         server = optimizer(config.server_optimizer, schedule(config.server_schedule, config.server_lr, config.rounds))
+        conditions = varying(availability=config.availability, speed_bias=config.speed_bias, speed_jitter=config.speed_jitter)
         return federated_moe(
             self.model, self.loss_fn, client_optimizer=client_optimizer(config), server_optimizer=server, aligner=self.aligner,
             cohort_size=config.cohort, batch_size=config.batch_size, local_steps=config.local_steps,
             local_epochs=None if config.local_steps is not None else config.local_epochs, prox=config.prox, router=config.router,
-            router_prior=config.router_prior, deadline=config.deadline, chunk_size=chunk,
+            router_prior=config.router_prior, deadline=config.deadline, chunk_size=chunk, conditions=conditions,
             solo_examples=None if config.fitness == "solo" else 0,
         )  # fmt: skip
 
@@ -72,7 +74,7 @@ class Setup:
             return np.asarray(self.fitness.score(learnt, client))
         return np.concatenate(jax.vmap(self.fitness.score, (0, None))(learnt, client), axis=1)
 
-    def cost(self) -> Any:
+    def cost(self) -> RoundCost:
         """What one round costs one client."""
         config = self.config
         batch = batch_shape(self.population, config.batch_size)
@@ -81,14 +83,14 @@ class Setup:
         options: dict[str, Any] = dict(personal_router=config.router == "personal", solo_batch=solo, max_slots=self.aligner.max_slots)
         return round_cost(self.parts, self.loss_fn, optimizer, batch, **options)
 
-    def admit(self, client: jax.Array) -> Cohort:
-        """These clients as a cohort, with the slots that a round would give them."""
+    def admit(self, client: jax.Array, pace: jax.Array | float, cost: RoundCost) -> Cohort:
+        """These clients as a cohort, with the slots that a round of this cost would give them at their pace."""
         config = self.config
         examples = num_processed(
             jax.vmap(self.population.num_examples)(client), batch_size=config.batch_size, local_epochs=config.local_epochs,
             local_steps=config.local_steps,
         )  # fmt: skip
-        return admit(self.population, client, self.cost(), self.aligner, deadline=config.deadline, examples=examples)[0]
+        return admit(self.population, client, cost, self.aligner, deadline=config.deadline, examples=examples, pace=pace)[0]
 
     def chunk(self, memory_bytes: float) -> int:
         """The configured chunk, or the one that fits into `memory_bytes`."""
@@ -182,7 +184,7 @@ def make_fitness(config: TrainConfig) -> Fitness:
 
 def make_aligner(config: TrainConfig, groups: int = 1) -> Aligner:
     """The aligner that a configuration names, for so many groups of experts."""
-    common: dict[str, Any] = dict(fitness=make_fitness(config), load=load.monitor(tolerance=config.tolerance))
+    common: dict[str, Any] = dict(fitness=make_fitness(config), load=load.monitor(tolerance=config.tolerance, demand=config.demand))
     if config.aligner == "full":
         return alignment.full(num_experts=config.experts, groups=groups, **common)
     common |= dict(num_experts=config.experts, max_slots=config.slots)

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedmoe_jax.round import Info, State, rounds
+from fedmoe_jax.info import Info
+from fedmoe_jax.round import State, rounds
 from fedmoe_jax.training import metrics
 from fedmoe_jax.training.checkpoint import Checkpoints
 from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, to_toml, validate
