@@ -1,6 +1,7 @@
 """Do aligners find hidden tasks? Clients of one task see the same permutation of the labels, which inputs do not reveal.
 
     python experiments/planted.py --sizes 37 18 12 10 7 6 5 5 --rounds 150 --seeds 5 --out experiments/results/demand.json
+    python experiments/planted.py --out experiments/results/tasks.json
 
 One run for each aligner, router and seed; written are means over the seeds of: the share of experts that two clients of one
 task and of two tasks have in common, cumulative token CV and least-trained expert over the mean, accuracy of clients on
@@ -30,14 +31,15 @@ def solo():
     return fitness.solo(probes=2)
 
 
+def made(name, **options):
+    return lambda: getattr(fm.alignment, name)(num_experts=EXPERTS, max_slots=SLOTS, fitness=solo(), **options)
+
+
 ALIGNERS = {
-    "greedy": lambda: fm.alignment.greedy(num_experts=EXPERTS, max_slots=SLOTS, fitness=solo()),
-    **{
-        f"balanced, demand {demand}": lambda demand=demand: fm.alignment.balanced(
-            num_experts=EXPERTS, max_slots=SLOTS, fitness=solo(), load=load.monitor(demand=demand)
-        )
-        for demand in (0.0, 0.5, 0.75, 1.0)
-    },
+    "random": made("random"),
+    "greedy": made("greedy"),
+    **{f"balanced, demand {demand}": made("balanced", load=load.monitor(demand=demand)) for demand in (0.0, 0.5, 0.75, 1.0)},
+    **{f"fitness+deficit, {w}": made("balanced", objective="fitness+deficit", deficit_weight=w) for w in (0.1, 1.0)},
 }
 
 
@@ -105,13 +107,14 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", default=[13, 13, 13, 13, 12, 12, 12, 12], help="clients of each task")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--aligners", nargs="+", choices=ALIGNERS, default=list(ALIGNERS))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     results = []
-    for aligner, make in ALIGNERS.items():
+    for aligner in arguments.aligners:
         for router, options in ROUTERS.items():
             runs = [
-                run(*clients_of_tasks(arguments.sizes, seed=seed), make(), rounds=arguments.rounds, seed=seed, **options)
+                run(*clients_of_tasks(arguments.sizes, seed=seed), ALIGNERS[aligner](), rounds=arguments.rounds, seed=seed, **options)
                 for seed in range(arguments.seeds)
             ]
             means = {name: round(float(np.mean([r[name] for r in runs])), 4) for name in runs[0]}

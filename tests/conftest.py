@@ -1,4 +1,4 @@
-"""What all tests share: programs, which are compiled once, and the script that writes the real data."""
+"""What all tests share: programs, which are compiled once, and the scripts of experiments."""
 
 import importlib.util
 import os
@@ -19,11 +19,21 @@ def compiled_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@pytest.fixture(scope="session")
-def shared_data():
-    """The module experiments/shared_data.py."""
-    path = Path(__file__).parents[1] / "experiments" / "shared_data.py"
-    spec = importlib.util.spec_from_file_location("shared_data", path)
+def _experiment(name):
+    path = Path(__file__).parents[1] / "experiments" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The module experiments/shared_data.py."""
+    return _experiment("shared_data")
+
+
+@pytest.fixture(scope="session")
+def planted():
+    """The module experiments/planted.py."""
+    return _experiment("planted")

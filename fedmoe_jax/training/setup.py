@@ -1,6 +1,7 @@
 """From a configuration to what a run needs: data on the device, model, aligner, algorithm."""
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +59,7 @@ class Setup:
             cohort_size=config.cohort, batch_size=config.batch_size, local_steps=config.local_steps,
             local_epochs=None if config.local_steps is not None else config.local_epochs, prox=config.prox, router=config.router,
             router_prior=config.router_prior, deadline=config.deadline, chunk_size=chunk, conditions=conditions,
-            solo_examples=None if config.fitness == "solo" else 0,
+            solo_examples=self.solo_examples,
         )  # fmt: skip
 
     def aligner_scores(self, state: State) -> Any:
@@ -74,22 +75,40 @@ class Setup:
             return np.asarray(self.fitness.score(learnt, client))
         return np.concatenate(jax.vmap(self.fitness.score, (0, None))(learnt, client), axis=1)
 
+    @functools.cached_property
+    def solo_examples(self) -> int:
+        """Examples of the solo evaluation: a batch, but no more than take a quarter of the mean client's FLOPs."""
+        batch, slots = self.config.batch_size, self.aligner.max_slots
+        if self.config.fitness != "solo":
+            return 0
+        cost = self._cost(batch)
+        examples = self._processed(jnp.arange(self.population.num_clients)).mean()
+        training = examples * (cost.shared_flops + slots * cost.expert_flops)
+        each = (cost.solo_shared_flops + (slots + self.aligner.probes) * cost.solo_expert_flops) / batch
+        return max(1, min(batch, int(training / (3 * each))))
+
     def cost(self) -> RoundCost:
         """What one round costs one client."""
+        return self._cost(self.solo_examples)
+
+    def _cost(self, solo_examples: int) -> RoundCost:
         config = self.config
-        batch = batch_shape(self.population, config.batch_size)
-        solo = batch if config.fitness == "solo" else None
+        solo = batch_shape(self.population, solo_examples) if solo_examples else None
         optimizer = client_optimizer(config)(jnp.int32(0))
         options: dict[str, Any] = dict(personal_router=config.router == "personal", solo_batch=solo, max_slots=self.aligner.max_slots)
-        return round_cost(self.parts, self.loss_fn, optimizer, batch, **options)
+        return round_cost(self.parts, self.loss_fn, optimizer, batch_shape(self.population, config.batch_size), **options)
+
+    def _processed(self, client: jax.Array) -> jax.Array:
+        """Examples that these clients process in a round."""
+        sizes: dict[str, Any] = dict(
+            batch_size=self.config.batch_size, local_epochs=self.config.local_epochs, local_steps=self.config.local_steps
+        )
+        return num_processed(jax.vmap(self.population.num_examples)(client), **sizes)
 
     def admit(self, client: jax.Array, pace: jax.Array | float, cost: RoundCost) -> Cohort:
         """These clients as a cohort, with the slots that a round of this cost would give them at their pace."""
         config = self.config
-        examples = num_processed(
-            jax.vmap(self.population.num_examples)(client), batch_size=config.batch_size, local_epochs=config.local_epochs,
-            local_steps=config.local_steps,
-        )  # fmt: skip
+        examples = self._processed(client)
         return admit(self.population, client, cost, self.aligner, deadline=config.deadline, examples=examples, pace=pace)[0]
 
     def chunk(self, memory_bytes: float) -> int:
