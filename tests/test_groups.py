@@ -157,7 +157,7 @@ def test_every_group_is_aligned_like_a_single_one_within_its_bounds():
         back = Feedback(jnp.full(CLIENTS, 9), tokens, noise[:, :slots], noise[:, :slots], noise)
         for group in range(2):
             mine, probes = slice(2 * group, 2 * group + 2), slice(group, group + 1)
-            lower, upper = monitor.bounds(states[group].load, jnp.where(cohort.present, cohort.slots, 0))
+            lower, upper = monitor.bounds(states[group].load, jnp.where(cohort.present, cohort.slots, 0), jnp.zeros(EXPERTS))
             alone, after = align_one(jax.random.fold_in(key, group), states[group], cohort)
             shift = np.where(alone.held >= 0, EXPERTS * group, 0)
             np.testing.assert_array_equal(aligned.held[:, mine], alone.held + shift)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def balanced(
     groups: int = 1,
     fitness: Fitness | None = None,
     load: LoadMonitor | None = None,
-    objective: Literal["fitness", "fitness+deficit"] = "fitness",
+    objective: str = "fitness",
     deficit_weight: float = 1.0,
     download_price: float = 0.0,
 ) -> Aligner:

@@ -27,12 +27,15 @@ def prices(problem: Problem, start: Int[Array, " expert"]) -> Int[Array, " exper
     num_clients = problem.slots.shape[0]
     value = jnp.where(problem.allowed, problem.value / problem.steps, -1e3)
     slots, lower, room = (x.astype(jnp.float32) for x in (problem.slots, problem.lower, problem.upper - problem.lower))
-    with_slots = jnp.cumsum(problem.slots > 0)
-    some = jnp.searchsorted(with_slots, jnp.linspace(1, with_slots[-1], min(_SAMPLE, num_clients)).astype(jnp.int32))
-    share = slots[some].sum() / jnp.maximum(slots.sum(), 1.0)
     prices = jnp.clip(start / problem.steps, -1.0, 1.0)
-    prices = _anneal(_SMOOTHING[:_COARSE], value[:, some], slots[some], share * lower, share * room, prices)
-    prices = _anneal(_SMOOTHING[_COARSE:], value, slots, lower, room, prices)
+    smoothings = _SMOOTHING
+    if num_clients > _SAMPLE:
+        with_slots = jnp.cumsum(problem.slots > 0)
+        some = jnp.searchsorted(with_slots, jnp.linspace(1, with_slots[-1], _SAMPLE).astype(jnp.int32))
+        share = slots[some].sum() / jnp.maximum(slots.sum(), 1.0)
+        prices = _anneal(_SMOOTHING[:_COARSE], value[:, some], slots[some], share * lower, share * room, prices)
+        smoothings = _SMOOTHING[_COARSE:]
+    prices = _anneal(smoothings, value, slots, lower, room, prices)
     free = (problem.lower < problem.upper) & (jnp.abs(prices) < 20.0 * _SMOOTHING[-1])
     return jnp.round(jnp.where(free, 0.0, prices) * problem.steps).astype(jnp.int32)
 

@@ -57,7 +57,9 @@ def _among_near(problem: Problem, plan: Plan, count: int) -> tuple[Plan, Bool[Ar
 def _move(
     problem: Problem, plan: Plan, outside: Int[Array, " expert"], limit: Int[Array, ""]
 ) -> tuple[Plan, Int[Array, ""], Bool[Array, ""]]:
-    """Moves clients along shortest paths that share nothing but the node with too many where they start.
+    """Moves clients along shortest paths that share nothing but one end, a node with too many clients or one with too few.
+
+    Which of both is chosen so that there can be more paths.
 
     Args:
       outside: further clients of each expert, which stay.
@@ -69,19 +71,24 @@ def _move(
     num_experts, num_clients = problem.value.shape
     load = outside + plan.mask.sum(axis=1, dtype=jnp.int32)
     worth = problem.value - plan.prices[:, None]
-    distance, parent = _shortest_paths(_costs(problem, plan, load, worth), plan.excess)
+    cost = _costs(problem, plan, load, worth)
+    back = (plan.excess < 0).sum() < (plan.excess > 0).sum()  # from few nodes with too few back to many with too many
+    needs = jnp.where(back, -plan.excess, plan.excess)
+    distance, parent = _shortest_paths(jnp.where(back, cost.T, cost), needs)
 
     node = jnp.arange(num_experts)
-    source = jnp.minimum(parent[:-1], num_experts - 1)
-    moves = (parent[:-1] == source) & (source != node)  # the bank's own arcs move nobody
-    loss = jnp.where(plan.mask[source] & ~plan.mask & problem.allowed, worth[source] - worth, FAR)
+    before = jnp.minimum(parent[:-1], num_experts - 1)
+    source, target = jnp.where(back, node, before), jnp.where(back, before, node)
+    moves = (parent[:-1] == before) & (before != node)  # the bank's own arcs move nobody
+    loss = jnp.where(plan.mask[source] & ~plan.mask[target] & problem.allowed[target], worth[source] - worth[target], FAR)
     client = jnp.where(moves, loss.argmin(axis=1), num_clients + node)
-    end = _ends(jnp.where(distance <= limit, distance, FAR), parent, jnp.append(client, -1), plan.excess)
+    end = _ends(jnp.where(distance <= limit, distance, FAR), parent, jnp.append(client, -1), needs)
     longest = jnp.max(jnp.where(end, distance, 0))
     client = jnp.where(_ancestors(end, parent)[:-1], client, num_clients)
-    mask = plan.mask.at[source, client].set(False, mode="drop").at[node, client].set(True, mode="drop")
+    mask = plan.mask.at[source, client].set(False, mode="drop").at[target, client].set(True, mode="drop")
     reach = jnp.minimum(distance, longest)
-    prices = jnp.clip(plan.prices - reach[:-1] + reach[-1], -problem.fine, problem.fine)  # matters to unreachable experts only
+    change = jnp.where(back, reach[:-1] - reach[-1], reach[-1] - reach[:-1])
+    prices = jnp.clip(plan.prices + change, -problem.fine, problem.fine)  # matters to unreachable experts only
     load = outside + mask.sum(axis=1, dtype=jnp.int32)
     return Plan(mask, prices, excess(problem, prices, load)[1]), longest, end.any()
 
@@ -102,7 +109,7 @@ def _costs(problem: Problem, plan: Plan, load, worth) -> Int[Array, "node node"]
 
 
 def _shortest_paths(cost, excess) -> tuple[Int[Array, " node"], Int[Array, " node"]]:
-    """Bellman-Ford from all nodes with too many clients: distance, and the node before (itself at the start)."""
+    """Bellman-Ford from all nodes with an excess: distance, and the node before (itself at the start)."""
     node = jnp.arange(excess.shape[0], dtype=jnp.int32)
 
     def relax(carry):
@@ -117,7 +124,7 @@ def _shortest_paths(cost, excess) -> tuple[Int[Array, " node"], Int[Array, " nod
 
 
 def _ends(distance, parent, client, excess) -> Bool[Array, " node"]:
-    """Of the nodes with too few clients the nearest in each branch that starts with a client of its own, within the excess.
+    """Of the nodes with a negative excess the nearest in each branch that starts with a client of its own, within the excess.
 
     A branch is what hangs together in the tree of paths without the node where it starts.
     """
