@@ -84,3 +84,25 @@ def test_bad_arguments_are_refused():
         capacity.uniform(0)
     with pytest.raises(ValueError, match="memory_bytes is 0"):
         capacity.uniform(1, memory_bytes=0.0)
+
+
+def test_a_slow_client_gets_fewer_slots_and_a_broken_profile_none():
+    cost = RoundCost(*(jnp.float32(1e6) for _ in range(8)))
+    profile = capacity.uniform(3)
+    deadline = float(capacity.seconds(profile, cost, jnp.full(3, 4))[0])
+    slots = capacity.slots(profile, cost, deadline=deadline, max_slots=4, pace=jnp.array([1.0, 1.5, 100.0]))
+    assert slots[0] == 4 and 0 < slots[1] < 4 and slots[2] == 0
+    broken = dataclasses.replace(profile, memory_bytes=profile.memory_bytes.at[1].set(jnp.nan))
+    np.testing.assert_array_equal(capacity.slots(broken, cost, deadline=None, max_slots=4), [4, 0, 4])
+
+
+def test_pace_is_a_moving_average_of_observed_over_expected_times():
+    pace = capacity.observe(jnp.array([1.0, 2.0, 1.0]), jnp.array([3.0, 1.0, 0.0]), jnp.array([1.0, 1.0, 0.0]), beta=0.25)
+    np.testing.assert_allclose(pace, [1.5, 1.75, 1.0])
+
+
+def test_what_a_client_still_has_is_not_downloaded():
+    cost = RoundCost(*(jnp.float32(1e6) for _ in range(8)))
+    profile = capacity.uniform(1)
+    whole, half = (capacity.seconds(profile, cost, jnp.array([2]), probes=2, downloads=d)[0] for d in (None, jnp.array([2])))
+    np.testing.assert_allclose(whole - half, 2 * 1e6 / profile.downlink_bytes_per_second[0], rtol=1e-5)

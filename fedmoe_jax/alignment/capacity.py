@@ -62,7 +62,7 @@ def slots(
       pace: how many times as long as its profile says each client took lately, see `observe`.
 
     Returns:
-      0 to `max_slots`; 0 when not even one expert fits.
+      0 to `max_slots`; 0 when not even one expert fits, or where a number of the profile is NaN.
 
     Raises:
       ValueError: if `max_slots` < 1, `probes` < 0 or a concrete `deadline` is not positive.
