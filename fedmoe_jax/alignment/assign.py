@@ -19,8 +19,8 @@ class BalancedInfo(NamedTuple):
 
     `violation`: clients above upper plus clients below lower, summed over experts; 0 whenever the bounds are feasible,
     the least possible otherwise. `gap`: how far the total fitness may be below that of the best assignment with as
-    little violation, relative to the total of absolute fitness; a proven bound. `prices`: what a place at each expert
-    is worth, in units of fitness; a warm start for a similar problem.
+    little violation, relative to the total of absolute fitness, or the largest if that is more; a proven bound.
+    `prices`: what a place at each expert is worth, in units of fitness; a warm start for a similar problem.
     """
 
     violation: Int[Array, ""]
@@ -99,9 +99,9 @@ def balanced(
     A transportation problem, solved on device to its optimum by Newton's method on a smoothed dual and shortest paths
     (`transport`, [1]). Bounds that cannot be met are broken as little as possible in total, and then fitness is maximised.
 
-    Fitness is compared to within 2**-11 of its mean absolute deviation (less for under 256 clients), or 2**-18 of its range
-    for 64 experts (twice as much for twice as many) if that is more; ties within that are broken at random. Time grows
-    linearly in clients. Under jit, negative slots count as 0 and an upper below lower counts as lower.
+    Fitness is compared to within 2**-11 of its mean absolute deviation (less for under 256 clients), or 2**-22 of its range
+    if that is more; where bounds must be broken, to within num_experts 2**-25 of its range. Ties within that are broken at
+    random. Under jit, negative slots count as 0 and an upper below lower counts as lower.
 
     Args:
       fitness: value of a pair, higher is better; a non-finite value forbids the pair.
@@ -169,7 +169,7 @@ def _gap(fitness, allowed, mask, lower, upper, prices) -> Float[Array, ""]:
     threshold = jnp.min(worth, axis=1, where=mask, initial=jnp.inf, keepdims=True)
     rows = jnp.where(allowed & ~mask, jnp.maximum(worth - threshold, 0.0), 0.0)
     columns = jnp.where(prices > 0, upper - load, load - lower) * jnp.abs(prices)
-    total = jnp.abs(jnp.where(mask, fitness, 0.0)).sum()
+    total = jnp.maximum(jnp.abs(jnp.where(mask, fitness, 0.0)).sum(), jnp.abs(fitness).max(initial=0.0))
     return (rows.sum() + columns.sum()) / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
 
 
