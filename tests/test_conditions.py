@@ -75,7 +75,7 @@ def test_slots_follow_the_observed_times():
     np.testing.assert_allclose(state.pace[2:], 1.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["random", "balanced"])
+@pytest.mark.parametrize("name", [pytest.param("random", marks=pytest.mark.slow), "balanced"])
 def test_only_what_changed_is_downloaded_again(name):
     """Against a plain account of who has which version."""
     data = population()

@@ -37,7 +37,7 @@ def played():
     return net, data, results
 
 
-@pytest.mark.parametrize("router", ["shared", "personal"])
+@pytest.mark.parametrize("router", ["shared", pytest.param("personal", marks=pytest.mark.slow)])
 def test_one_group_with_a_name_is_the_default_bit_for_bit(router):
     data, options = population(), dict(router=router, router_prior=0.5, solo_examples=BATCH)
     results = [
@@ -174,6 +174,7 @@ def test_every_group_is_aligned_like_a_single_one_within_its_bounds():
             np.testing.assert_allclose(ours, jnp.stack(theirs), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_personal_routers_of_each_layer_follow_its_experts():
     data = population()
     options = dict(aligner=fixed(), cohort_size=CLIENTS, router="personal", solo_examples=BATCH)

@@ -44,6 +44,7 @@ def test_what_a_configuration_may_ask_for():
         models.create("transformer", group="x", per_layer=True, **(shape | dict(input_shape=(6,))))
 
 
+@pytest.mark.slow
 def test_a_transformer_trains_with_an_assignment_per_layer(tmp_path):
     draw = np.random.default_rng(0)
     text = (np.cumsum(draw.integers(1, 3, (120, 7)), axis=1) % 5).astype(np.int32)
@@ -52,11 +53,10 @@ def test_a_transformer_trains_with_an_assignment_per_layer(tmp_path):
         data=str(tmp_path / "text.npz"), split="iid", population=8, cohort=4, model="transformer", experts=EXPERTS, rounds=2, eval_every=2,
         aligner="greedy", assignment="per_layer", model_options=dict(layers=2, features=8, heads=2, expert_hidden=6),
     )  # fmt: skip
-    records = []
-    trainer.train(small, tmp_path / "run", callback=lambda state, record: records.append(record))
+    built = setup.build(small)
+    records = [record for (record,) in trainer.Run(built).blocks()]
     assert [len(record["load"]) for record in records] == [2 * EXPERTS] * 2
     assert sum(records[0]["load"]) == 4 * 2 * 2 and records[-1]["client_accuracy_mean"] is not None
-    built = setup.build(small)
     state = built.algorithm(2).init(KEY, built.population)
     assert built.aligner_scores(state).shape == (8, 2 * EXPERTS)
     assert groups(built.parts.experts) == ("layers.0", "layers.1")

@@ -68,7 +68,7 @@ def test_load_comes_out_even_where_greedy_leaves_it_uneven():
     assert variation(clients) > 0.2 and variation(tokens) > 0.2
 
 
-@pytest.mark.parametrize("count", ["tokens", "clients"])
+@pytest.mark.parametrize("count", ["tokens", pytest.param("clients", marks=pytest.mark.slow)])
 def test_what_is_counted_comes_out_even_for_clients_of_unequal_size(count):
     sizes = jnp.array(np.random.default_rng(1).integers(20, 400, CLIENTS))
     aligner = alignment.balanced(num_experts=8, max_slots=2, load=load.monitor(count=count))
@@ -76,7 +76,7 @@ def test_what_is_counted_comes_out_even_for_clients_of_unequal_size(count):
     assert variation(clients if count == "clients" else tokens) <= (0.01 if count == "clients" else 0.03)
 
 
-@pytest.mark.parametrize(("experts", "slots", "cohort_size"), [(64, 2, 20), (8, 1, 3)])
+@pytest.mark.parametrize(("experts", "slots", "cohort_size"), [(64, 2, 20), pytest.param(8, 1, 3, marks=pytest.mark.slow)])
 def test_no_expert_starves_when_there_are_more_experts_than_slots(experts, slots, cohort_size):
     sizes = jnp.array(np.random.default_rng(1).integers(20, 400, CLIENTS))
     aligner = alignment.balanced(num_experts=experts, max_slots=slots)

@@ -270,7 +270,7 @@ def test_a_model_that_does_not_fit_the_data_is_refused(tmp_path):
 
 
 def test_the_experts_do_the_work():
-    run = trainer.Run(setup.build(TrainConfig(rounds=60, eval_every=60)))
+    run = trainer.Run(setup.build(TrainConfig(rounds=60, eval_every=60, aligner="greedy")))
     accuracy = list(run.blocks())[-1][0]["eval_accuracy"]
 
     def silenced(path, value):
