@@ -72,7 +72,8 @@ def _move(
     load = outside + plan.mask.sum(axis=1, dtype=jnp.int32)
     worth = problem.value - plan.prices[:, None]
     cost = _costs(problem, plan, load, worth)
-    back = (plan.excess < 0).sum() < (plan.excess > 0).sum()  # from few nodes with too few back to many with too many
+    emptied = (excess(problem, plan.prices, load)[0] == 0) & (load > 0)  # only forwards do their prices stay within the fine
+    back = ((plan.excess < 0).sum() < (plan.excess > 0).sum()) & ~emptied.any()  # from few with too few to many with too many
     needs = jnp.where(back, -plan.excess, plan.excess)
     distance, parent = _shortest_paths(jnp.where(back, cost.T, cost), needs)
 
@@ -88,7 +89,7 @@ def _move(
     mask = plan.mask.at[source, client].set(False, mode="drop").at[target, client].set(True, mode="drop")
     reach = jnp.minimum(distance, longest)
     change = jnp.where(back, reach[:-1] - reach[-1], reach[-1] - reach[:-1])
-    prices = jnp.clip(plan.prices + change, -problem.fine, problem.fine)  # matters to unreachable experts only
+    prices = jnp.clip(plan.prices + change, -problem.fine, problem.fine)  # matters to experts that nobody holds only
     load = outside + mask.sum(axis=1, dtype=jnp.int32)
     return Plan(mask, prices, excess(problem, prices, load)[1]), longest, end.any()
 
