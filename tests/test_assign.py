@@ -253,3 +253,23 @@ def test_fitness_of_any_size(scale):
         assert info.gap == 0
     else:
         assert np.asarray(values / scale)[np.asarray(mask)].mean() > 0.7
+
+
+def test_bounds_that_must_be_broken_are_broken_least_with_few_clients_near(monkeypatch):
+    """Many experts that nobody may hold, or that need more clients than there are, and few clients near a change."""
+    monkeypatch.setattr(repair, "_NEAR", 8)
+    problems, clients, experts = 64, 300, 10
+    rng = np.random.default_rng(7)
+    fitness = (rng.random((problems, clients, experts)) + 2 * rng.random((problems, 1, experts))).astype(np.float32)
+    slots = rng.integers(0, 4, (problems, clients))
+    lower = np.where(rng.random((problems, experts)) < 0.3, rng.integers(0, clients + 1, (problems, experts)), 0)
+    upper = lower + clients * rng.integers(0, 2, (problems, experts))
+    solve = jax.jit(jax.vmap(lambda f, s, low, up: assign.balanced(f, s, low, up, return_info=True)))
+    masks, info = solve(*map(jnp.asarray, (fitness, slots, lower, upper)))
+    np.testing.assert_array_equal(masks.sum(2), slots)
+    reach = masks.sum(1)
+    np.testing.assert_array_equal(info.violation, np.abs(reach - np.clip(reach, lower, upper)).sum(1))
+    for problem in range(0, problems, 8):
+        best = exact(fitness[problem], slots[problem], lower[problem], upper[problem])
+        load = best.sum(0)
+        assert info.violation[problem] == np.abs(load - np.clip(load, lower[problem], upper[problem])).sum()
