@@ -211,8 +211,9 @@ def _seconds(population, cost, alignment, traffic, examples, client) -> Float[Ar
 
 def _of_clients(state, cohort, alignment, taken, planned):
     """Pace and cache of all clients after a round that took those of the cohort so many seconds."""
-    row = jnp.where(cohort.present, cohort.client, state.pace.shape[0])  # absent rows fall off the end
-    pace = state.pace.at[row].set(capacity.observe(state.pace[cohort.client], taken, planned), mode="drop")
+    known = state.pace[cohort.client]
+    seen = jnp.where(cohort.present, capacity.observe(known, taken, planned), capacity.forgive(known))
+    pace = state.pace.at[cohort.client].set(seen)
     received = jnp.concatenate([alignment.held, alignment.probed], axis=1)
     return pace, cache.keep(state.cache, cohort.client, cohort.present, received, state.round)
 

@@ -273,3 +273,15 @@ def test_bounds_that_must_be_broken_are_broken_least_with_few_clients_near(monke
         best = exact(fitness[problem], slots[problem], lower[problem], upper[problem])
         load = best.sum(0)
         assert info.violation[problem] == np.abs(load - np.clip(load, lower[problem], upper[problem])).sum()
+
+
+@pytest.mark.parametrize("most", [10**9, 2**31 - 1])
+def test_huge_bounds_are_no_bounds_whatever_the_prices(most):
+    rng = np.random.default_rng(0)
+    fitness = jnp.array(rng.random((CLIENTS, EXPERTS)), jnp.float32)
+    slots, lower, upper = jnp.full(CLIENTS, 2), jnp.zeros(EXPERTS, jnp.int32), jnp.full(EXPERTS, most, jnp.int32)
+    prices = jnp.array(100 * rng.normal(size=EXPERTS), jnp.float32)
+    mask, info = assign.balanced(fitness, slots, lower, upper, prices=prices, return_info=True)
+    assert (mask == assign.greedy(fitness, slots)).mean() > 0.99 and info.violation == 0 and info.gap < 1e-3
+    _, info = assign.balanced(fitness, slots, upper, upper, return_info=True)
+    assert info.violation == 2**30

@@ -112,3 +112,15 @@ def test_what_was_received_in_the_round_of_a_change_is_old():
     np.testing.assert_array_equal(kept.experts, [[-1, -1], [-1, -1], [1, 0]])
     fresh = cache.current(kept, jnp.array([0, 2]), jnp.array([3, 4, -1]))
     np.testing.assert_array_equal(fresh, [[False] * 3, [True, False, False]])
+
+
+def test_one_slow_round_shuts_nobody_out_for_good():
+    data = population(sizes=(4,) * CLIENTS)
+    _, info = run(algorithm(cohort_size=CLIENTS), data)
+    first = Conditions(lambda key, round, client: (jnp.ones(client.shape, bool), jnp.where((client == 0) & (round == 0), 100.0, 1.0)))
+    alg = algorithm(cohort_size=CLIENTS, deadline=1.5 * float(info.simulated_seconds), conditions=first)
+    state, clients = alg.init(KEY, data), []
+    for _ in range(40):
+        state, info = alg.step(state, data)
+        clients.append(int(info.clients))
+    assert clients[1] == CLIENTS - 1 and clients[-1] == CLIENTS and info.load.sum() == 2 * CLIENTS

@@ -18,7 +18,7 @@ class BalancedInfo(NamedTuple):
     """What `balanced` found out.
 
     `violation`: clients above upper plus clients below lower, summed over experts; 0 whenever the bounds are feasible,
-    the least possible otherwise. `gap`: how far the total fitness may be below that of the best assignment with as
+    the least possible otherwise, at most 2**30. `gap`: how far the total fitness may be below that of the best assignment with as
     little violation, relative to the total of absolute fitness, or the largest if that is more; a proven bound.
     `prices`: what a place at each expert is worth, in units of fitness; a warm start for a similar problem.
     """
@@ -148,15 +148,17 @@ def _balanced(fitness, slots, lower, upper, key, prices, return_info):
     rounded = jnp.round(relative * (steps - ties)).astype(jnp.int32)
     value = jnp.where(allowed, rounded + (jax.random.uniform(key, fitness.shape) * ties).astype(jnp.int32), 0)
 
-    problem = flow.Problem(value.T, allowed.T, slots, lower, upper)
+    least_load, most_load = (jnp.minimum(bound, fitness.shape[0]) for bound in (lower, upper))  # so that sums fit in 32 bits
+    problem = flow.Problem(value.T, allowed.T, slots, least_load, most_load)
     start = jnp.clip(jnp.nan_to_num(prices / unit), -problem.fine, problem.fine)
     mask, found = transport.solve(problem, start)
     mask, prices = mask.T, found * unit
     if not return_info:
         return mask, None
     load = mask.sum(axis=0)
-    gap = _gap(jnp.where(allowed, fitness, 0.0), allowed, mask, lower, upper, prices)
-    return mask, BalancedInfo(jnp.abs(load - jnp.clip(load, lower, upper)).sum(), jnp.where(tied, 0.0, gap), prices)
+    gap = _gap(jnp.where(allowed, fitness, 0.0), allowed, mask, least_load, most_load, prices)
+    violation = jnp.abs(load - jnp.clip(load, lower, upper)).astype(jnp.float32).sum()
+    return mask, BalancedInfo(jnp.minimum(violation, 2.0**30).astype(jnp.int32), jnp.where(tied, 0.0, gap), prices)
 
 
 def _gap(fitness, allowed, mask, lower, upper, prices) -> Float[Array, ""]:

@@ -99,6 +99,16 @@ def observe(
     return (1.0 - beta) * pace + beta * ratio
 
 
+def forgive(pace: Float[Array, " client"], *, rate: float = 0.1) -> Float[Array, " client"]:
+    """The pace of clients that were asked for and took no part, drawn to 1, so that one slow round shuts nobody out for good.
+
+    Args:
+      pace: what was known before.
+      rate: share of the distance to 1 that is forgiven, 0 to 1.
+    """
+    return pace + rate * (1.0 - pace)
+
+
 def uniform(
     num_clients: int,
     *,
