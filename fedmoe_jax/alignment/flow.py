@@ -8,12 +8,15 @@ a large fine outside. Values and prices are integers, so that sums are exact.
 Everything is laid out [expert, client], which streams well.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
+
+T = TypeVar("T")
 
 STEPS = 1 << 23
 """Values are integers from 0 to this."""
@@ -23,6 +26,11 @@ FINE = 1 << 26
 
 FAR = 1 << 29
 """The cost of what is impossible; the sum of two still fits in 32 bits."""
+
+
+def apply_if(condition: Bool[Array, ""], function: Callable[[T], T], x: T) -> T:
+    """function(x) if the condition holds, else x. Unlike `lax.cond`, under vmap it costs nothing unless it holds somewhere."""
+    return lax.while_loop(lambda state: state[1], lambda state: (function(state[0]), jnp.bool_(False)), (x, condition))[0]
 
 
 class Problem(NamedTuple):

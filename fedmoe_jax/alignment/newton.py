@@ -13,7 +13,7 @@ from fedmoe_jax.alignment.flow import Problem
 _UNITS = 1 << 18  # of an integer to a value of 1
 _SHRINK = 10.0**-0.5
 _SMOOTHING = tuple(0.1 * _SHRINK**level for level in range(11))  # relative to the range of values
-_COARSE, _SAMPLE = 4, 1024  # the first few smoothings need about so many clients only
+_PARTLY = 8.0  # smoothings: below such a price an expert is not quite full, to within a client in 3,000
 _NEWTON_STEPS = 10  # at most, for each smoothing
 
 
@@ -24,23 +24,15 @@ def prices(problem: Problem, start: Int[Array, " expert"]) -> Int[Array, " exper
     its slots; an expert has lower + (upper - lower) sigmoid(price / smoothing) clients. Newton's method solves for
     prices and thresholds, eliminating the thresholds, while the smoothing shrinks.
     """
-    num_clients = problem.slots.shape[0]
     value = jnp.where(problem.allowed, problem.value / problem.steps, -1e3)
     slots, lower, room = (x.astype(jnp.float32) for x in (problem.slots, problem.lower, problem.upper - problem.lower))
     prices = jnp.clip(start / problem.steps, -1.0, 1.0)
-    smoothings = _SMOOTHING
-    if num_clients > _SAMPLE:
-        with_slots = jnp.cumsum(problem.slots > 0)
-        some = jnp.searchsorted(with_slots, jnp.linspace(1, with_slots[-1], _SAMPLE).astype(jnp.int32))
-        share = slots[some].sum() / jnp.maximum(slots.sum(), 1.0)
-        prices = _anneal(_SMOOTHING[:_COARSE], value[:, some], slots[some], share * lower, share * room, prices)
-        smoothings = _SMOOTHING[_COARSE:]
-    prices = _anneal(smoothings, value, slots, lower, room, prices)
-    free = (problem.lower < problem.upper) & (jnp.abs(prices) < 20.0 * _SMOOTHING[-1])
+    prices = _anneal(value, slots, lower, room, prices)
+    free = (problem.lower < problem.upper) & (jnp.abs(prices) < _PARTLY * _SMOOTHING[-1])
     return jnp.round(jnp.where(free, 0.0, prices) * problem.steps).astype(jnp.int32)
 
 
-def _anneal(smoothings: tuple[float, ...], value, slots, lower, room, prices) -> Float[Array, " expert"]:
+def _anneal(value, slots, lower, room, prices) -> Float[Array, " expert"]:
     """Newton's method for one smoothing after the other, from prices near those of the first."""
 
     def step(smoothing, state):
@@ -73,6 +65,6 @@ def _anneal(smoothings: tuple[float, ...], value, slots, lower, room, prices) ->
     tolerance = jnp.maximum(0.01 * slots.sum() / value.shape[0], 0.5)  # clients that an expert may be off
     worth = value - prices[:, None]
     least = flow.least((worth * _UNITS).astype(jnp.int32), slots.astype(jnp.int32)) / _UNITS
-    start = prices, jnp.where(slots > 0, least - 0.5 * smoothings[0], worth.max(axis=0) + smoothings[0])
-    (prices, _), _ = lax.scan(level, start, jnp.array(smoothings, jnp.float32))
+    start = prices, jnp.where(slots > 0, least - 0.5 * _SMOOTHING[0], worth.max(axis=0) + _SMOOTHING[0])
+    (prices, _), _ = lax.scan(level, start, jnp.array(_SMOOTHING, jnp.float32))
     return prices

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from fedmoe_jax.alignment.flow import FAR, Plan, Problem, excess, surplus
+from fedmoe_jax.alignment.flow import FAR, Plan, Problem, apply_if, excess, surplus
 
 _NEAR, _SHARE = 1024, 16  # a repair looks first among so many clients, or one in so many
 _ROWS = 8  # experts whose arcs are computed side by side
@@ -20,15 +20,14 @@ def repair(problem: Problem, plan: Plan) -> Plan:
     num_clients = problem.slots.shape[0]
     nobody = jnp.zeros(problem.lower.shape, jnp.int32)
 
-    def among_all(state):
-        return _move(problem, state[0], nobody, jnp.int32(FAR))[0], jnp.bool_(True)
+    def among_all(plan):
+        return _move(problem, plan, nobody, jnp.int32(FAR))[0]
 
     count = max(_NEAR, num_clients // _SHARE)
     if num_clients <= count:
-        return among_all((plan,))[0]
-    moved = _among_near(problem, plan, count)
-    plan, _ = lax.while_loop(lambda state: ~state[1], among_all, moved)  # a loop of at most one step, see `transport`
-    return plan
+        return among_all(plan)
+    plan, moved = _among_near(problem, plan, count)
+    return apply_if(~moved, among_all, plan)
 
 
 def _among_near(problem: Problem, plan: Plan, count: int) -> tuple[Plan, Bool[Array, ""]]:
@@ -131,7 +130,7 @@ def _ends(distance, parent, client, excess) -> Bool[Array, " node"]:
     """
     num_nodes = excess.shape[0]
     node = jnp.arange(num_nodes)
-    root, branch = _top(parent), _top(jnp.where(parent[parent] == parent, node, parent))
+    root, branch = jax.vmap(_top)(jnp.stack([parent, jnp.where(parent[parent] == parent, node, parent)]))
     goal = jnp.where((excess < 0) & (distance < FAR), distance, FAR)
     nearest = jax.ops.segment_min(goal, branch, num_nodes)[branch]
     first = jax.ops.segment_min(jnp.where((goal < FAR) & (goal == nearest), node, num_nodes), branch, num_nodes)

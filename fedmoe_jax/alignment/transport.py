@@ -45,11 +45,16 @@ def solve(problem: flow.Problem, prices: Float[Array, " expert"]) -> tuple[Bool[
 def _optimum(problem: flow.Problem, prices: Int[Array, " expert"]) -> flow.Plan:
     """The best plan, from `prices` when they are nearly right already, else from those of Newton's method."""
 
-    def anew(state):
-        return flow.plan_at(problem, newton.prices(problem, state[0].prices)), jnp.bool_(False)
+    def attempt(state):
+        _, prices, count = state
+        prices = flow.apply_if(count > 0, functools.partial(newton.prices, problem), prices)
+        return flow.plan_at(problem, prices), prices, count + 1
 
-    # A loop of at most one step, not a cond: under vmap a cond computes both branches, this only what some problem needs.
-    given = flow.plan_at(problem, prices), jnp.bool_(True)
+    def unfit(state):
+        plan, _, count = state
+        return (count == 0) | ((count == 1) & (flow.surplus(plan) > few))
+
     few = _FEW * problem.value.shape[0]
-    plan, _ = lax.while_loop(lambda state: state[1] & (flow.surplus(state[0]) > few), anew, given)
+    none = flow.Plan(jnp.zeros(problem.value.shape, bool), prices, jnp.zeros(problem.value.shape[0] + 1, jnp.int32))
+    plan, _, _ = lax.while_loop(unfit, attempt, (none, prices, jnp.int32(0)))
     return lax.while_loop(lambda plan: flow.surplus(plan) > 0, functools.partial(repair, problem), plan)
