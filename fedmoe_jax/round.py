@@ -205,7 +205,7 @@ def admit(
 def _seconds(population, cost, alignment, traffic, examples, client) -> Float[Array, " client"]:
     """What the round takes each client by its profile."""
     profile = jax.tree.map(lambda row: row[client], population.profile)
-    experts = traffic.bytes_down / cost.expert_bytes
+    experts = traffic.bytes_down / jnp.maximum(cost.expert_bytes, 1.0)
     return capacity.seconds(profile, cost, traffic.held, examples=examples, probes=traffic.probed, downloads=experts)
 
 

@@ -244,7 +244,14 @@ def test_vmap_over_problems_that_need_different_repairs(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e36])
+def test_fitness_at_the_end_of_float32_is_as_good_as_any_large_number():
+    values = jnp.where(jnp.arange(40)[:, None] % 2 == jnp.arange(2), 3e38, -3e38)
+    mask, info = assign.balanced(values, jnp.ones(40, int), jnp.full(2, 20), jnp.full(2, 20), return_info=True)
+    np.testing.assert_array_equal(mask, values > 0)
+    assert info.violation == 0 and info.gap <= 1e-5
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
 def test_fitness_of_any_size(scale):
     values = jnp.array(np.random.default_rng(0).random((1200, 3)) * scale, jnp.float32)
     mask, info = assign.balanced(values, jnp.ones(1200, int), jnp.full(3, 400), jnp.full(3, 400), return_info=True)

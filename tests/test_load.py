@@ -83,6 +83,14 @@ def test_bounds_follow_demand():
     np.testing.assert_allclose(load.monitor(demand=1.0).deficit(state), NOTHING, atol=1e-5)
 
 
+@pytest.mark.parametrize("demand", [0.25, 0.75])
+def test_no_expert_falls_below_its_part_of_an_even_share(demand):
+    for seed in range(20):
+        asked = jnp.asarray(np.random.default_rng(seed).dirichlet(np.full(5, 0.1)) * 400, jnp.float32)
+        lower, _ = load.monitor(demand=demand, tolerance=0.0).bounds(load.monitor().init(5), jnp.full(200, 2), asked)
+        assert (lower >= np.floor((1 - demand) * 400 / 5)).all()
+
+
 def test_experts_that_waited_too_long_come_first_but_no_more_than_there_are_slots():
     state = load.LoadState(NOTHING, jnp.float32(0), NOTHING, jnp.array([5, 1, 3, 4, 2]))
     lower, upper = load.monitor().bounds(state, jnp.array([1, 1, 0]), NOTHING)  # 2 slots serve 5 experts in 3 rounds
