@@ -220,11 +220,13 @@ class Feedback:
 class ClientUpdate:
     """What clients return: delta = local - global of the shared part and of each slot, and what weighs it.
 
-    Absent clients have `examples` 0 and `tokens` 0; their deltas may hold anything finite.
+    Absent clients have `examples` 0 and `tokens` 0; their deltas may hold anything finite. A delta is an array, [client, ...]
+    or [client, slot, ...], or where an aggregator needs no more than sums a `kernels.DualDelta`, see `kernels.shared_sum` and
+    `experts.combine`.
     """
 
-    shared: PyTree[Float[Array, "client ..."]]
-    experts: PyTree[Float[Array, "client slot ..."]]
+    shared: PyTree
+    experts: PyTree
     held: Int[Array, "client all_slots"]
     examples: Int[Array, " client"]
     tokens: Int[Array, "client all_slots"]

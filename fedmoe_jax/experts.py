@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
+from fedmoe_jax import kernels
 from fedmoe_jax.base import NO_EXPERT, pytree
 
 
@@ -145,7 +146,7 @@ def map_groups(function: Callable[..., Any], names: tuple[str | None, ...], rows
         if len(names) > 1:
             place = names.index(_group(variable))
             part = jax.tree.map(lambda row: by_group(row, len(names))[..., place, :], rows)
-        return jax.tree.map(lambda *leaves: function(part, *leaves), variable, *others)
+        return jax.tree.map(lambda *leaves: function(part, *leaves), variable, *others, is_leaf=kernels.is_dual)
 
     return jax.tree.map(one, *trees, is_leaf=_is_variable)
 
@@ -204,7 +205,7 @@ def gather(experts: PyTree[Float[Array, "expert ..."]], held: Int[Array, "*slots
 
 
 def combine(
-    slots: PyTree[Float[Array, "..."]],
+    slots: PyTree,
     held: Int[Array, "*slots"],
     weight: Float[Array, "*slots"],
     num_experts: int,
@@ -220,7 +221,10 @@ def combine(
 
     def one(rows, values):
         held, weight = rows
-        bucket = jnp.where(held == NO_EXPERT, num_experts, held % num_experts).reshape(-1)
+        place = jnp.where(held == NO_EXPERT, num_experts, held % num_experts)
+        if kernels.is_dual(values):
+            return kernels.expert_sum(values, place, weight, num_experts)
+        bucket = place.reshape(-1)
         values = values * weight.reshape(weight.shape + (1,) * (values.ndim - weight.ndim))
         flat = values.reshape(bucket.shape[0], *values.shape[held.ndim :])
         return jax.ops.segment_sum(flat, bucket, num_segments=num_experts + 1)[:-1]

@@ -1,19 +1,237 @@
 """Products with a weight matrix: every dense product of a layer goes through here, so that a weight may have another view.
 
-A weight is an array. It is read in the dtype of `x`, so a layer that computes in bfloat16 casts its activations only.
+A weight is an array, or a `DualKernel`: what a client's local training made of it, written as the global weight and what
+it has learnt from so far. Either is read in the dtype of `x`, so a layer that computes in bfloat16 casts its activations only.
 """
 
-from jaxtyping import Array, Float, Int
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from fedmoe_jax import grouped
+from fedmoe_jax.base import pytree
 
 
-def matmul(x: Float[Array, "*rows feature"], w: Float[Array, "feature hidden"]) -> Float[Array, "*rows hidden"]:
-    """x @ w."""
+@pytree
+class History:
+    """The rows that a kernel saw in a local step, or several: its inputs X, the gradients G of its outputs, and their weights.
+
+    Rows of different lanes never meet: those of a shared kernel are one lane, those of experts one for each slot, or one for
+    all where tiles of rows go to slots that the router chose. Then `slot` says whose each tile is.
+    """
+
+    inputs: Float[Array, "*client lane row feature"]
+    gradients: Float[Array, "*client lane row hidden"]
+    weight: Float[Array, "*client row"]
+    slot: Int[Array, "*client tile"] | None = None
+
+
+@pytree
+class DualKernel:
+    """The kernel scale * base + the sum over its history of X^T (weight * G), never formed [1].
+
+    base: the global weight, the same for all clients: [feature, hidden], or [expert, feature, hidden] with `held`, the
+      expert in each slot, Int[slot].
+    history: in parts, none before the first step.
+    tap: zeros of the shapes of the layer's inputs and outputs (and tiles). Their cotangents are what the layer saw: X, G
+      (and the slot of each tile).
+
+    References:
+      [1] Irie, Csordás and Schmidhuber, "The Dual Form of Neural Networks Revisited", ICML 2022.
+    """
+
+    base: Float[Array, "*expert feature hidden"]
+    held: Any = None
+    scale: Any = 1.0
+    history: tuple[History, ...] = ()
+    tap: tuple[Array, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weights that it stands for."""
+        return self.base.shape if self.held is None else (*self.held.shape, *self.base.shape[1:])
+
+    @property
+    def ndim(self) -> int:
+        """Axes of the weights that it stands for."""
+        return len(self.shape)
+
+    def __getitem__(self, slots: Any) -> "DualKernel":
+        """Those of some slots."""
+        return dataclasses.replace(self, held=self.held[slots])
+
+
+@pytree
+class DualDelta:
+    """What clients' training added to a kernel: shrink * base + the sum of X^T (weight * G), never formed.
+
+    Axes as in `History` and `DualKernel`, the client leading but in `base`, which is the same for all.
+    """
+
+    history: tuple[History, ...]
+    shrink: Float[Array, "*client"]
+    base: Any = None
+
+
+def is_finite(leaf: Any) -> Bool[Array, ""]:
+    """Whether all numbers of an array are finite, or those of a `DualDelta`: X itself cannot be bad where G is not."""
+    if isinstance(leaf, DualDelta):
+        return jnp.stack([jnp.isfinite(rows.gradients).all() for rows in leaf.history]).all() & jnp.isfinite(leaf.shrink)
+    return jnp.isfinite(leaf).all()
+
+
+def is_dual(leaf: Any) -> bool:
+    """Whether it stands in the place of an array of weights."""
+    return isinstance(leaf, DualKernel | DualDelta)
+
+
+class Probe:
+    """A weight that notes how it is used: which products it is a factor of, and whether anything else happens to it."""
+
+    def __init__(self, value: Array):
+        self.value = value
+        self.products: list[tuple[Any, bool]] = []
+        self.other = False
+
+    def note(self, x: Array, tiled: bool) -> Array:
+        """Notes a product with x."""
+        self.products.append((jax.ShapeDtypeStruct(x.shape, x.dtype), tiled))
+        return self.value
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("shape", "ndim", "dtype", "size"):
+            self.other = True
+        return getattr(self.value, name)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.other = True
+        return self.value[index]
+
+    def __jax_array__(self) -> Array:
+        self.other = True
+        return self.value
+
+
+def matmul(x: Float[Array, "*rows feature"], w: Any) -> Float[Array, "*rows hidden"]:
+    """x @ w, w being Float[feature, hidden] or a `DualKernel` of one."""
+    if isinstance(w, DualKernel):
+        y = _product(x.reshape(1, -1, x.shape[-1]), w, None)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+    w = w.note(x, False) if isinstance(w, Probe) else w
     return x @ w.astype(x.dtype)
 
 
 def expert_matmul(
-    x: Float[Array, "group token feature"], w: Float[Array, "expert feature hidden"], expert: Int[Array, " group"] | None = None
+    x: Float[Array, "group token feature"], w: Any, expert: Int[Array, " group"] | None = None
 ) -> Float[Array, "group token hidden"]:
-    """Each group of tokens times the weights of one expert: x[g] @ w[expert[g]], or x[e] @ w[e] without `expert`."""
+    """Each group of tokens times the weights of one expert: x[g] @ w[expert[g]], or x[e] @ w[e] without `expert`.
+
+    w is Float[expert, feature, hidden] or a `DualKernel` of one.
+    """
+    if isinstance(w, DualKernel):
+        return _product(x, w, expert)
+    w = w.note(x, expert is not None) if isinstance(w, Probe) else w
     w = w.astype(x.dtype)
     return x @ (w if expert is None else w[expert])
+
+
+def shared_sum(delta: Any, weight: Float[Array, " client"]) -> Float[Array, "..."]:
+    """Sum over clients of weight times what each added to a shared parameter: [client, ...], or a `DualDelta`."""
+    if not isinstance(delta, DualDelta):
+        return jnp.tensordot(weight, delta, 1)
+    total = (weight @ delta.shrink) * delta.base
+    for rows in delta.history:
+        gradients = rows.gradients[:, 0] * (weight[:, None] * rows.weight)[..., None].astype(rows.gradients.dtype)
+        total += jnp.einsum("crd,crh->dh", rows.inputs[:, 0], gradients, preferred_element_type=jnp.float32)
+    return total
+
+
+def form(delta: DualDelta) -> Float[Array, "client feature hidden"]:
+    """What each client added to a shared kernel. Large: take few clients at a time."""
+    total = delta.shrink[:, None, None] * delta.base
+    for rows in delta.history:
+        total += jnp.einsum("clrd,cr,clrh->cdh", rows.inputs, rows.weight, rows.gradients, preferred_element_type=jnp.float32)
+    return total
+
+
+def squared_norm(delta: DualDelta) -> Float[Array, " client"]:
+    """The squared Frobenius norm of what each client added to a shared kernel, from Gram matrices of its rows."""
+
+    def joined(name):
+        return jnp.concatenate([getattr(rows, name)[:, 0] for rows in delta.history], axis=1).astype(jnp.float32)
+
+    inputs, gradients = joined("inputs"), joined("gradients")
+    gradients *= jnp.concatenate([rows.weight for rows in delta.history], axis=1)[..., None]
+    product = jnp.einsum("crd,csd,crh,csh->c", inputs, inputs, gradients, gradients, optimize=[(0, 1), (0, 1), (0, 1)])
+    along = jnp.einsum("crh,crh->c", inputs @ delta.base.astype(jnp.float32), gradients)
+    return product + 2 * delta.shrink * along + delta.shrink**2 * (delta.base**2).sum()
+
+
+def expert_sum(
+    delta: DualDelta, held: Int[Array, "client slot"], weight: Float[Array, "client slot"], num_experts: int
+) -> Float[Array, "expert feature hidden"]:
+    """For each expert the sum over the slots that hold it of weight times what was added there. `held` is `num_experts` if empty."""
+    shrink = jax.ops.segment_sum((weight * delta.shrink[:, None]).reshape(-1), held.reshape(-1), num_experts + 1)[:-1]
+    return shrink[:, None, None] * delta.base + sum(_expert_rows(rows, held, weight, num_experts) for rows in delta.history)
+
+
+def _expert_rows(rows: History, held, weight, num_experts: int):
+    inputs, gradients = rows.inputs, rows.gradients
+    coefficient = jnp.broadcast_to(rows.weight[:, None], inputs.shape[:3])
+    if rows.slot is not None:  # the one lane falls into tiles, each of a slot
+        tiles = rows.slot.shape[1]
+        inputs, gradients, coefficient = (a.reshape(a.shape[0], tiles, -1, *a.shape[3:]) for a in (inputs, gradients, coefficient))
+        held, weight = (jnp.take_along_axis(a, rows.slot, axis=1) for a in (held, weight))
+    gradients = gradients * (weight[..., None] * coefficient)[..., None].astype(gradients.dtype)
+    inputs, gradients, held = (a.reshape(-1, *a.shape[2:]) for a in (inputs, gradients, held))
+    return grouped.outer(inputs, gradients, held, num_experts)
+
+
+def _product(x, kernel: DualKernel, expert) -> Float[Array, "group row hidden"]:
+    index = kernel.held if expert is None or kernel.held is None else kernel.held[expert]
+    if not kernel.tap:
+        return _times(x, kernel.base, index)
+    return _dual(x, kernel.base, index, kernel.scale, kernel.history, expert, kernel.tap)
+
+
+@jax.custom_vjp
+def _dual(x, base, index, scale, history, slot, tap):
+    """scale x W + ((x X^T) * weight) G: the product with the kernel, without forming it."""
+    y = scale.astype(x.dtype) * _times(x, base, index)
+    for rows in history:
+        y = y + _correction(x, rows.inputs, rows.gradients, rows, slot)
+    return y
+
+
+def _forward(x, base, index, scale, history, slot, tap):
+    return _dual(x, base, index, scale, history, slot, tap), (x, base, index, scale, history, slot)
+
+
+def _backward(kept, g):
+    x, base, index, scale, history, slot = kept
+    back = scale.astype(g.dtype) * _times(g, jnp.swapaxes(base, -1, -2), index)
+    for rows in history:
+        back = back + _correction(g, rows.gradients, rows.inputs, rows, slot)
+    return back, None, None, None, None, None, (x, g) if slot is None else (x, g, slot.astype(jnp.float32))
+
+
+_dual.defvjp(_forward, _backward)
+
+
+def _times(x, base, index):
+    base = base.astype(x.dtype)
+    return x @ base if index is None else grouped.matmul(x, base, index)
+
+
+def _correction(x, into, out, rows: History, slot) -> Float[Array, "group row width"]:
+    """What these rows add to x W, or with `into` and `out` exchanged to x W^T."""
+    lanes = x.reshape(into.shape[0], -1, x.shape[-1])
+    gram = jnp.einsum("lrd,lnd->lrn", lanes, into) * rows.weight.astype(x.dtype)
+    if rows.slot is not None:
+        own, theirs = jnp.repeat(slot, x.shape[1]), jnp.repeat(rows.slot, into.shape[1] // rows.slot.shape[0])
+        gram = jnp.where(own[:, None] == theirs, gram, 0)
+    y = jnp.einsum("lrn,lnh->lrh", gram, out)
+    return y.reshape(*x.shape[:-1], y.shape[-1])

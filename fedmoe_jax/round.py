@@ -16,6 +16,7 @@ from fedmoe_jax.base import Aggregator, Aligner, Cohort, LossFn, Population, Rou
 from fedmoe_jax.conditions import Conditions, steady
 from fedmoe_jax.experts import combine, groups, map_groups, num_experts, partition
 from fedmoe_jax.info import Info, downloads, summarize
+from fedmoe_jax.local import plan
 from fedmoe_jax.local.cohort import Trainer, keep_routers, router_rows
 
 
@@ -65,6 +66,7 @@ def federated_moe(
     conditions: Conditions | None = None,
     solo_examples: int | None = None,
     chunk_size: int | None = None,
+    engine: str = "auto",
     aggregator: Aggregator | None = None,
     personal_budget_bytes: float = 4e9,
 ) -> Algorithm:
@@ -88,6 +90,8 @@ def federated_moe(
       conditions: who can be reached and how fast clients really are; default `conditions.steady()`.
       solo_examples: examples of the solo evaluation, 0 for none; `batch_size` if None.
       chunk_size: clients trained side by side; all of the cohort if None. Changes results by rounding only.
+      engine: how clients train. "primal" gives each its own copy of the weights, "dual" none of a kernel's (see `local.dual`,
+        for optimizers that are linear), "auto" whichever costs less for each kernel. Changes results by rounding only.
       personal_budget_bytes: most that personal routers may take in all.
 
     Raises:
@@ -102,7 +106,7 @@ def federated_moe(
     trainer = Trainer(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, prox, router == "personal",
         batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
-        aligner.max_slots,
+        aligner.max_slots, _engine(engine, client_optimizer, aggregator),
     )  # fmt: skip
 
     def init(key: Key[Array, ""], population: Population) -> State:
@@ -229,6 +233,21 @@ def _serve(server_optimizer, state, delta, tokens, examples):
 
     experts = map_groups(trained, groups(experts), tokens, experts, state.experts)
     return (experts, jax.tree.map(lambda new, value: jnp.where(examples > 0, new, value), shared, state.shared)), optimizer
+
+
+def _engine(engine: str, client_optimizer: Any, aggregator: Aggregator) -> str:
+    """The engine to use: primal where the dual one cannot serve the optimizer or the aggregator."""
+    if engine not in ("auto", "primal", "dual"):
+        raise ValueError(f"engine is {engine!r}, it must be 'auto', 'primal' or 'dual'")
+    made = client_optimizer if isinstance(client_optimizer, optax.GradientTransformation) else client_optimizer(jnp.int32(0))
+    reason = None
+    if aggregator.needs != "sum":
+        reason = f"the aggregator needs {aggregator.needs} of each client"
+    elif not plan.is_linear(made):
+        reason = "client_optimizer is not linear in the gradient of each weight"
+    if engine == "dual" and reason:
+        raise ValueError(f"engine is 'dual', but {reason}: use 'auto' or 'primal'")
+    return "primal" if reason else engine
 
 
 def _checked(

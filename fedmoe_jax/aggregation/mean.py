@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from fedmoe_jax import kernels
 from fedmoe_jax.base import Aggregator, ClientUpdate
 from fedmoe_jax.experts import combine, groups, map_groups, num_experts
 
@@ -28,7 +29,7 @@ def mean() -> Aggregator:
         sums = combine(update.experts, update.held, weight, tokens.shape[0] // len(groups(experts)))
         counted = combine(jnp.ones_like(weight), update.held, weight, tokens.shape[0])
         experts = jax.tree.map(jnp.add, experts, sums)
-        shared = jax.tree.map(lambda a, delta: a + jnp.tensordot(each, delta, 1), shared, update.shared)
+        shared = jax.tree.map(lambda a, delta: a + kernels.shared_sum(delta, each), shared, update.shared)
         return (experts, shared), (tokens + counted, examples + each.sum())
 
     def finish(total):

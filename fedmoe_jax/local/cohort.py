@@ -1,6 +1,7 @@
 """Local training of a whole cohort: clients vmapped, in chunks that fit into memory, summed as they come."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax.base import NO_EXPERT, Aggregator, Alignment, ClientUpdate, Cohort, Feedback, LossFn, Population, RoundCost, client_keys
-from fedmoe_jax.experts import Partition, RouterParam, by_group, combine, gather, groups, map_groups
-from fedmoe_jax.local import primal
+from fedmoe_jax.experts import Partition, RouterParam, by_group, combine, groups, map_groups
+from fedmoe_jax.kernels import DualKernel, is_dual, is_finite
+from fedmoe_jax.local import dual, plan, primal
 from fedmoe_jax.local.cost import expert_bytes, round_cost, tree_bytes
 
 
@@ -31,6 +33,7 @@ class Trainer(NamedTuple):
     chunk_size: int
     aggregator: Aggregator
     max_slots: int
+    engine: str
 
     def optimizer(self, round: Any) -> optax.GradientTransformation:
         """The client optimizer of a round."""
@@ -68,7 +71,7 @@ class Trainer(NamedTuple):
         keys = client_keys(key, cohort.client)
         rows = (keys, cohort.client, cohort.present, alignment.held, alignment.probed, prior)
         rows = jax.tree.map(lambda row: _chunked(row[order], chunks, self.chunk_size), rows)
-        train_chunk = self._chunk_function(state, population)
+        train_chunk = self._chunk_function(state, population, self.uses(population))
         total = self.aggregator.init(state.experts, state.shared)
         total, out = jax.lax.scan(train_chunk, total, rows)
         feedback, routers, loss, rejected = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][jnp.argsort(order)], out)
@@ -77,12 +80,29 @@ class Trainer(NamedTuple):
         train_loss = (loss * examples).sum() / jnp.maximum(examples.sum(), 1)
         return self.aggregator.finish(total), routers, feedback, (train_loss, rejected.sum())
 
-    def _chunk_function(self, state, population) -> Callable[[Any, Any], Any]:
-        client = jax.vmap(lambda *row: self._client(state, population, *row))
+    def plan(self, population: Population) -> tuple[plan.Choice, ...]:
+        """The engine of each weight, and why."""
+        sizes: dict[str, Any] = dict(batch_size=self.batch_size, local_epochs=self.local_epochs, local_steps=self.local_steps)
+        steps = dual.most_steps(population, **sizes)
+        balance = plan.BALANCE.get(jax.default_backend(), plan.BALANCE["gpu"])
+        options: dict[str, Any] = dict(slots=self.max_slots, steps=steps, engine=self.engine, balance=balance)
+        return plan.engines(self.parts, self.loss_fn, batch_shape(population, self.batch_size), **options)
+
+    def uses(self, population: Population) -> tuple[dual.Use | None, ...]:
+        """How the dual engine uses each weight, None for those that it does not train."""
+        if self.engine == "primal":
+            return (None,) * len(jax.tree.leaves((self.parts.experts, self.parts.shared)))
+        return tuple(choice.use for choice in self.plan(population))
+
+    def _chunk_function(self, state, population, uses) -> Callable[[Any, Any], Any]:
+        client = jax.vmap(lambda *row: self._client(state, population, uses, *row))
+        bases = jax.tree.leaves((state.experts, state.shared))
 
         def train_chunk(total, rows):
-            update, feedback, loss, rejected = client(*rows)
-            update, routers = ClientUpdate(*update), None
+            update, feedback, loss, rejected, finite = client(*rows)
+            if any(uses):  # their rows are large: look at them again only if that is needed
+                update = jax.lax.cond(finite.all(), lambda update: update, functools.partial(_without, finite), update)
+            update, routers = _with_bases(ClientUpdate(*update), bases), None
             if self.personal:  # router rows stay where they are
                 routers, experts = nnx.split_state(update.experts, RouterParam, ...)
                 nothing = jax.tree.map(jnp.zeros_like, routers)
@@ -91,12 +111,12 @@ class Trainer(NamedTuple):
 
         return train_chunk
 
-    def _client(self, state, population, key, client, present, held, probed, prior):
+    def _client(self, state, population, uses, key, client, present, held, probed, prior):
         """One client: solo evaluation of what it received, training, and a check that its update is finite."""
         names = groups(self.parts.experts)
         slots = held.shape[0] // len(names)
         received = jnp.concatenate([by_group(held, len(names)), by_group(probed, len(names))], axis=1)  # [group, candidate]
-        candidates = gather(state.experts, received.reshape(-1))
+        candidates = receive(state.experts, received.reshape(-1), uses)
         if self.personal:
             candidates = own_routers(candidates, state.personal, client, received.reshape(-1))
         filled, solo = held != NO_EXPERT, jnp.full(received.shape, jnp.nan)
@@ -105,14 +125,14 @@ class Trainer(NamedTuple):
             batch = primal.local_batch(solo_key, population, client, 0, self.solo_examples)
             weights = (candidates, state.shared, filled, prior)
             solo = primal.solo_losses(solo_key, batch, *weights, parts=self.parts, loss_fn=self.loss_fn)
-        result = primal.train(
-            jax.random.fold_in(key, 0), population, client, jax.tree.map(lambda w: w[:slots], candidates), state.shared,
-            filled, prior, parts=self.parts, loss_fn=self.loss_fn, optimizer=self.optimizer(state.round),
-            batch_size=self.batch_size, local_epochs=self.local_epochs, local_steps=self.local_steps, prox=self.prox,
-        )  # fmt: skip
-        finite = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a: jnp.isfinite(a).all(), result))
+        sizes: dict[str, Any] = dict(batch_size=self.batch_size, local_epochs=self.local_epochs, local_steps=self.local_steps)
+        options = sizes | dict(parts=self.parts, loss_fn=self.loss_fn, optimizer=self.optimizer(state.round), prox=self.prox)
+        own = jax.tree.map(lambda weight: weight[:slots], candidates, is_leaf=is_dual)
+        args = jax.random.fold_in(key, 0), population, client, own, state.shared, filled, prior
+        result = primal.train(*args, **options) if not any(uses) else dual.train(*args, uses=uses, **options)
+        finite = jnp.stack(list(map(is_finite, jax.tree.leaves(result, is_leaf=is_dual)))).all()
         good = present & finite
-        result = jax.tree.map(lambda a: jnp.where(good, a, 0), result)
+        result = jax.tree.map(lambda a: a if is_dual(a) else jnp.where(good, a, 0), result, is_leaf=is_dual)
         tokens = jnp.where(filled, result.tokens, 0)
         examples = jnp.where(good, population.num_examples(client), 0)
         count = jnp.maximum(tokens, 1)
@@ -121,7 +141,36 @@ class Trainer(NamedTuple):
         whole = tokens.astype(jnp.int32)
         feedback = (examples, whole, result.correct / count, result.loss / count, solo)
         update = (result.shared, result.experts, held, examples, whole)
-        return update, feedback, result.train_loss / jnp.maximum(result.trained, 1), present & ~finite
+        return update, feedback, result.train_loss / jnp.maximum(result.trained, 1), present & ~finite, finite
+
+
+def receive(experts: Any, held: Int[Array, " slot"], uses: Any) -> Any:
+    """The weights of each held expert; of those that the dual engine trains no copy, but which they are."""
+    own = uses[: len(jax.tree.leaves(experts))]
+    leaves, treedef = jax.tree.flatten(experts)
+    chosen = jax.tree.unflatten(
+        treedef, [leaf if use is None else DualKernel(leaf, held[:0]) for leaf, use in zip(leaves, own, strict=True)]
+    )
+
+    def one(held, weight):
+        if is_dual(weight):
+            return dataclasses.replace(weight, held=jnp.maximum(held, 0) % weight.base.shape[0])
+        return weight[jnp.maximum(held, 0) % weight.shape[0]]
+
+    return map_groups(one, groups(experts), held, chosen)
+
+
+def _without(finite: Bool[Array, " client"], update: Any) -> Any:
+    """The updates with zeros for those of clients that are not finite."""
+    return jax.tree.map(lambda a: jnp.where(finite.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), update)
+
+
+def _with_bases(update: ClientUpdate, bases: list[Array]) -> ClientUpdate:
+    """The update, each `DualDelta` with the weight that it changes, which no client has a copy of."""
+    leaves, treedef = jax.tree.flatten((update.experts, update.shared), is_leaf=is_dual)
+    whole = [dataclasses.replace(leaf, base=base) if is_dual(leaf) else leaf for leaf, base in zip(leaves, bases, strict=True)]
+    experts, shared = jax.tree.unflatten(treedef, whole)
+    return dataclasses.replace(update, experts=experts, shared=shared)
 
 
 def batch_shape(population: Population, size: int) -> Any:

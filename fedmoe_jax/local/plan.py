@@ -1,6 +1,17 @@
-"""Plans local training: how many clients are trained side by side."""
+"""Plans local training: which engine trains each kernel, and how many clients are trained side by side."""
 
-from fedmoe_jax.base import RoundCost
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from fedmoe_jax.base import Batch, LossFn, RoundCost
+from fedmoe_jax.experts import Partition, RouterParam, groups
+from fedmoe_jax.kernels import Probe
+from fedmoe_jax.local.dual import Use
+from fedmoe_jax.local.primal import objective
 
 MEMORY_SHARE = 0.5
 """Share of a device's total memory that the weights of a chunk may take; the rest is for data, state and temporaries."""
@@ -20,3 +31,132 @@ def chunk_size(cost: RoundCost, *, cohort_size: int, max_slots: int, probes: int
     fitting = max(1, min(cohort_size, int(MEMORY_SHARE * memory_bytes / client)))
     chunks = -(-cohort_size // fitting)
     return -(-cohort_size // chunks)
+
+
+class Choice(NamedTuple):
+    """Why a weight is trained as it is: predicted cost of a client's local training in both engines, in FLOPs, bytes of
+    traffic counted as so many FLOPs each. `use` is None where it stays primal."""
+
+    name: str
+    use: Use | None
+    primal: float
+    dual: float
+    reason: str
+
+
+BALANCE = {"cpu": 8.0, "gpu": 20.0, "tpu": 100.0}
+"""FLOPs that take about as long as a byte of memory traffic, in float32."""
+
+
+def engines(parts: Partition, loss_fn: LossFn, batch: Batch, *, slots: int, steps: int, engine: str, balance: float) -> tuple[Choice, ...]:
+    """The engine of each leaf of (experts, shared): the dual one for what is a factor of one product and costs less there.
+
+    Args:
+      batch: shapes of a batch.
+      slots: experts that a client holds, of each group.
+      steps: local steps of the largest client.
+      engine: "auto", "primal", or "dual" for all that can be.
+      balance: FLOPs that take as long as a byte of memory traffic.
+    """
+    names, leaves = _leaves(parts)
+    found = _uses(parts, loss_fn, batch, slots, leaves)
+    choices = []
+    for name, leaf, use in zip(names, leaves, found, strict=True):
+        if use is None:
+            choices.append(Choice(name, None, 0.0, 0.0, "not a factor of one product"))
+            continue
+        primal, dual = _cost(use, leaf.shape[-2:], slots if leaf.ndim == 3 else 1, steps, balance)
+        better = engine == "dual" or (engine == "auto" and dual < primal)
+        choices.append(Choice(name, use if better else None, primal, dual, "asked for" if engine != "auto" else "costs less"))
+    return tuple(choices)
+
+
+def is_linear(optimizer: optax.GradientTransformation) -> bool:
+    """Whether the optimizer acts on each entry alone and linearly, so that the dual engine can run it on coefficients.
+
+    Tried on a matrix: three steps from given gradients, and the same from their coefficients.
+    """
+    basis = jax.random.normal(jax.random.key(0), (4, 4, 3))  # W_0 and three gradients
+
+    def run(weights, gradients):
+        state = optimizer.init(weights)
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, weights)
+            weights = optax.apply_updates(weights, updates)
+        return weights
+
+    unit = jnp.eye(4)[:, :, None, None]
+    coefficients = run(unit[0].reshape(4, 1), [row.reshape(4, 1) for row in unit[1:]])
+    expected = jnp.einsum("b,bij->ij", coefficients[:, 0], basis)
+    return bool(jnp.allclose(run(basis[0], list(basis[1:])), expected, rtol=1e-4, atol=1e-5))
+
+
+def _leaves(parts: Partition) -> tuple[list[str], list[jax.Array]]:
+    flat, _ = jax.tree_util.tree_flatten_with_path((parts.experts, parts.shared))
+    return [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in flat], [leaf for _, leaf in flat]
+
+
+def _uses(parts: Partition, loss_fn: LossFn, batch: Batch, slots: int, leaves: list[jax.Array]) -> list[Use | None]:
+    """How each weight is used, seen by running the model on shapes with notes for weights."""
+    number = len(groups(parts.experts))
+    routers = {id(leaf) for leaf in jax.tree.leaves(nnx.split_state(parts.experts, RouterParam, ...)[0])}
+    _, treedef = jax.tree.flatten((parts.experts, parts.shared))
+    own = len(jax.tree.leaves(parts.experts))
+    fits = [leaf.ndim == (3 if place < own else 2) and id(leaf) not in routers for place, leaf in enumerate(leaves)]
+
+    def trace(wanted: list[bool]) -> list[Probe | None]:
+        probes: list[Probe | None] = []
+
+        def forward(leaves, batch):
+            leaves = [leaf[:1].repeat(slots, 0) if place < own else leaf for place, leaf in enumerate(leaves)]
+            probes[:] = [Probe(leaf) if want else None for leaf, want in zip(leaves, wanted, strict=True)]
+            weights = [leaf if probe is None else probe for leaf, probe in zip(leaves, probes, strict=True)]
+            state = jnp.ones(number * slots, bool), jnp.zeros(number * slots)
+            return objective(parts, loss_fn, *jax.tree.unflatten(treedef, weights), batch, *state, jax.random.key(0))[0]
+
+        jax.eval_shape(forward, leaves, batch)
+        return probes
+
+    try:
+        probes = trace(fits)
+    except (TypeError, AttributeError):  # a model that does with weights what a probe cannot: one weight after the other
+        probes = [_alone(trace, place, len(leaves)) if fit else None for place, fit in enumerate(fits)]
+    return [_use(probe) for probe in probes]
+
+
+def _alone(trace: Any, place: int, number: int) -> Probe | None:
+    try:
+        return trace([place == other for other in range(number)])[place]
+    except (TypeError, AttributeError):
+        return None
+
+
+def _use(probe: Probe | None) -> Use | None:
+    if probe is None or probe.other or len(probe.products) != 1:
+        return None
+    ((x, tiled),) = probe.products
+    shape = x.shape if len(probe.value.shape) == 3 else (1, x.size // x.shape[-1], x.shape[-1])
+    out = (*shape[:-1], probe.value.shape[-1])
+    return Use(jax.ShapeDtypeStruct(shape, x.dtype), jax.ShapeDtypeStruct(out, x.dtype), tiled)
+
+
+def _cost(use: Use, width: tuple[int, ...], slots: int, steps: int, balance: float) -> tuple[float, float]:
+    """Predicted cost of a client's local training by the primal and the dual engine.
+
+    Both do three products of all rows with the kernel. Primal reads the client's kernel twice a step and updates it; dual
+    multiplies rows by the rows before them, forwards and backwards, and reads those.
+    """
+    fan_in, fan_out = width
+    groups, rows, _ = use.inputs.shape
+    total = groups * rows * steps
+    lanes = 1 if use.tiled else groups
+    before = total / lanes * (steps - 1) / (2 * steps) if steps > 1 else 0.0
+    itemsize = use.inputs.dtype.itemsize
+    products = 6.0 * total * fan_in * fan_out
+    primal = products + balance * steps * 6 * 4 * slots * fan_in * fan_out
+    dual = (
+        products
+        + 4.0 * total * before * (fan_in + fan_out)
+        + balance * itemsize * (fan_in + fan_out) * (2 * steps * lanes * before + 4 * total)
+    )
+    return primal, dual

@@ -1,5 +1,6 @@
 """Local training with each client's own copy of the weights it holds: the primal engine."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fedmoe_jax.base import Batch, LossFn, Population, pytree
 from fedmoe_jax.experts import Partition, Slots, bind, by_group, groups, report
+from fedmoe_jax.kernels import is_dual
 from fedmoe_jax.sampling import permutation
 
 
@@ -17,11 +19,12 @@ from fedmoe_jax.sampling import permutation
 class LocalResult:
     """What one client's training leaves: the deltas of what it received, and sums over all its local steps.
 
-    Weights have the slots of their group, sums those of all groups, group after group.
+    Weights have the slots of their group, sums those of all groups, group after group. Where the dual engine trained a kernel,
+    its delta is a `kernels.DualDelta`.
     """
 
-    experts: PyTree[Float[Array, "slot ..."]]
-    shared: PyTree[Float[Array, "..."]]
+    experts: PyTree
+    shared: PyTree
     tokens: Float[Array, " all_slots"]
     correct: Float[Array, " all_slots"]
     loss: Float[Array, " all_slots"]
@@ -111,7 +114,7 @@ def train(
 def solo_losses(
     key: Key[Array, ""],
     batch: Batch,
-    experts: PyTree[Float[Array, "candidate ..."]],
+    experts: PyTree,
     shared: PyTree[Float[Array, "..."]],
     held: Bool[Array, " all_slots"],
     prior: Float[Array, " all_slots"],
@@ -125,7 +128,7 @@ def solo_losses(
     as the layers below the first MoE layer, is computed once for all.
 
     Args:
-      experts: the client's slots of each group, then its other candidates.
+      experts: the client's slots of each group, then its other candidates, [candidate, ...] or a `kernels.DualKernel`.
       held, prior: of the slots of all groups.
     """
     names = groups(parts.experts)
@@ -136,14 +139,25 @@ def solo_losses(
 
     def losses(place, name):
         candidates, others = nnx.split_state(experts, lambda _, variable: variable.group == name, ...)
-        others = jax.tree.map(lambda weight: weight[: held.shape[1]], others)
+        others = jax.tree.map(lambda weight: weight[: held.shape[1]], others, is_leaf=is_dual)
         slots = Slots(put(held, place, True), put(prior, place, 0), batch.mask)
+        axes = jax.tree.map(_slot_axis, candidates, is_leaf=is_dual)
 
         def one(candidate):
-            alone = jax.tree.map(lambda weight: weight[None], candidate)
+            alone = jax.tree.map(_one_slot, candidate, is_leaf=is_dual)
             loss, _ = loss_fn(bind(parts, nnx.merge_state(alone, others), shared, slots), batch, key)
             return jnp.where(batch.mask, loss, 0).sum() / jnp.maximum(batch.mask.sum(), 1)
 
-        return jax.vmap(one)(candidates)
+        return jax.vmap(one, in_axes=(axes,))(candidates)
 
     return jnp.stack([losses(place, name) for place, name in enumerate(names)])
+
+
+def _slot_axis(weight):
+    """What vmap maps over to take one slot of a weight after the other."""
+    return jax.tree.unflatten(jax.tree.structure(weight), [None, 0, None]) if is_dual(weight) else 0
+
+
+def _one_slot(weight):
+    """A weight of no slot axis as that of one slot."""
+    return dataclasses.replace(weight, held=weight.held[None]) if is_dual(weight) else weight[None]

@@ -1,0 +1,204 @@
+"""Local training without weights of each client's own: the dual engine.
+
+A kernel W after some steps of SGD is W_0 + sum_t X_t^T (-lr G_t), X_t being a layer's inputs and G_t the gradients of its
+outputs in step t. So x W = x W_0 + (x X^T)(-lr G), and W is never formed: the product with W_0 is one for all clients, the
+rest is small while a client's rows are few [1]. Biases, norms, routers and whatever else is not a factor of one product
+stay arrays of the client's own beside it, as in `primal`.
+
+Any optimizer that acts on each entry alone and linearly (SGD, momentum, weight decay, FedProx, schedules) may be used: it is
+run on the coefficients of W in the basis (W_0, X_0^T G_0, X_1^T G_1, ...), where the gradient of step t is a unit vector.
+
+References:
+  [1] Irie, Csordás and Schmidhuber, "The Dual Form of Neural Networks Revisited", ICML 2022.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from fedmoe_jax.base import LossFn, Population
+from fedmoe_jax.experts import Partition
+from fedmoe_jax.kernels import DualDelta, DualKernel, History, is_dual
+from fedmoe_jax.local.primal import LocalResult, local_batch, num_steps, objective
+
+UNROLLED = 8
+"""Up to so many steps are unrolled, so that each one costs only the history that exists; more run in a loop."""
+
+
+class Use(NamedTuple):
+    """How a step uses a kernel: the shapes of its inputs and outputs [group, row, width], and whether groups are tiles.
+
+    Tiles of rows go to slots that the router chose; otherwise group g is slot g, or the kernel is shared and there is one.
+    """
+
+    inputs: jax.ShapeDtypeStruct
+    outputs: jax.ShapeDtypeStruct
+    tiled: bool
+
+
+class _Rows(NamedTuple):
+    """Inputs and gradients [lane, row, width] of some steps from `first`, and the slots of their tiles."""
+
+    inputs: Array
+    gradients: Array
+    slot: Array | None
+    first: int
+    steps: int
+
+
+def train(
+    key: Key[Array, ""],
+    population: Population,
+    client: Int[Array, ""],
+    experts: PyTree,
+    shared: PyTree[Float[Array, "..."]],
+    filled: Bool[Array, " all_slots"],
+    prior: Float[Array, " all_slots"],
+    *,
+    uses: tuple[Use | None, ...],
+    parts: Partition,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    local_epochs: int | None,
+    local_steps: int | None,
+    prox: float,
+) -> LocalResult:
+    """Trains one client; vmap lifts it to a cohort. Same result as `primal.train`, to rounding.
+
+    Args:
+      experts, shared: as received. Where `uses` has an entry, experts are a `DualKernel` without history.
+      uses: for each leaf of (experts, shared) its use, None for what stays an array of the client's own.
+
+    Returns:
+      As `primal.train`, with a `DualDelta` in the place of each kernel.
+    """
+    received, treedef = jax.tree.flatten((experts, shared), is_leaf=is_dual)
+    tree = functools.partial(jax.tree.unflatten, treedef)
+    sizes: dict[str, Any] = dict(batch_size=batch_size, local_epochs=local_epochs, local_steps=local_steps)
+    most, steps = most_steps(population, **sizes), num_steps(population.num_examples(client), **sizes)
+    start = [leaf if use is None else _unit(leaf, 0, most) for leaf, use in zip(received, uses, strict=True)]
+    taps = [None if use is None else _tap(use) for use in uses]
+
+    def loss(small, taps, weights, histories, *args):
+        leaves = [
+            own if use is None else _kernel(leaf, weight, history, tap)
+            for leaf, own, weight, history, tap, use in zip(received, small, weights, histories, taps, uses, strict=True)
+        ]
+        return objective(parts, loss_fn, *tree(leaves), *args)
+
+    def step(index, carry, histories):
+        weights, optimizer_state, (tokens, correct, total, trained_loss, trained) = carry
+        batch = local_batch(key, population, client, index, batch_size)
+        small = [weight if use is None else None for weight, use in zip(weights, uses, strict=True)]
+        args = weights, histories, batch, filled, prior, jax.random.fold_in(key, index)
+        (grads, seen), (losses, rights, sent) = jax.grad(loss, (0, 1), has_aux=True)(small, taps, *args)
+        grads = [g if use is None else _unit(leaf, index + 1, most) for leaf, g, use in zip(received, grads, uses, strict=True)]
+        if prox:
+            grads = [g + prox * (w - w0) for g, w, w0 in zip(grads, weights, start, strict=True)]
+        updates, new_state = optimizer.update(tree(grads), optimizer_state, tree(weights))
+        sums = (
+            tokens + sent.sum(0),
+            correct + rights @ sent,
+            total + losses @ sent,
+            trained_loss + losses.sum(),
+            trained + batch.mask.sum(),
+        )
+        new = jax.tree.leaves(optax.apply_updates(tree(weights), updates)), new_state, sums
+        return jax.tree.map(lambda new, old: jnp.where(index < steps, new, old), new, carry), seen
+
+    none = jnp.zeros(filled.shape[0])
+    carry = start, optimizer.init(tree(start)), (none, none, none, jnp.zeros(()), jnp.zeros(()))
+    (weights, _, sums), histories = (_unrolled if most <= UNROLLED else _looped)(step, carry, uses, most)
+    deltas = [
+        weight - leaf if use is None else DualDelta(_weighted(history, weight), weight.reshape(-1)[0] - 1)
+        for leaf, weight, history, use in zip(received, weights, histories, uses, strict=True)
+    ]
+    return LocalResult(*tree(deltas), *sums)
+
+
+def most_steps(population: Population, *, batch_size: int, local_epochs: int | None, local_steps: int | None) -> int:
+    """Local steps of the largest client."""
+    return local_steps if local_steps is not None else local_epochs * -(-population.max_examples // batch_size)  # type: ignore[operator]
+
+
+def _unit(leaf, place, steps) -> Float[Array, "basis ..."]:
+    """The coefficients of W_0 (place 0) or the gradient of step place - 1, with as many axes as the weights have."""
+    return jax.nn.one_hot(place, steps + 1).reshape(-1, *(1,) * (leaf.ndim - 1))
+
+
+def _tap(use: Use):
+    tap = jnp.zeros(use.inputs.shape, use.inputs.dtype), jnp.zeros(use.outputs.shape, use.outputs.dtype)
+    return (*tap, jnp.zeros(use.inputs.shape[0])) if use.tiled else tap
+
+
+def _kernel(leaf, coefficients, history, tap) -> DualKernel:
+    base = leaf if isinstance(leaf, DualKernel) else DualKernel(leaf)
+    return dataclasses.replace(base, scale=coefficients.reshape(-1)[0], history=_weighted(history, coefficients), tap=tap)
+
+
+def _weighted(history: list[_Rows], coefficients) -> tuple[History, ...]:
+    """The rows with the weights that their steps have in the kernel by now."""
+    of_step = coefficients.reshape(-1)[1:]
+
+    def one(rows: _Rows) -> History:
+        weight = of_step[rows.first : rows.first + rows.steps]
+        return History(rows.inputs, rows.gradients, jnp.repeat(weight, rows.inputs.shape[1] // rows.steps), rows.slot)
+
+    return tuple(map(one, history))
+
+
+def _rows(seen, use: Use, first: int = 0, steps: int = 1) -> _Rows:
+    """What a kernel saw in a step, in lanes."""
+    inputs, gradients, *slot = seen
+    if not use.tiled:
+        return _Rows(inputs, gradients, None, first, steps)
+    inputs, gradients = (a.reshape(1, -1, a.shape[-1]) for a in (inputs, gradients))
+    return _Rows(inputs, gradients, slot[0].astype(jnp.int32), first, steps)
+
+
+def _unrolled(step, carry, uses, steps):
+    """The steps one after the other, each with the history that exists."""
+    histories: list[list[_Rows]] = [[] for _ in uses]
+    for index in range(steps):
+        carry, seen = step(index, carry, histories)
+        histories = [
+            history if use is None else [*history, _rows(rows, use, index)]
+            for history, rows, use in zip(histories, seen, uses, strict=True)
+        ]
+    return carry, histories
+
+
+def _looped(step, carry, uses, steps):
+    """The steps in a loop. Rows of steps to come are 0 and weigh nothing."""
+
+    def whole(stored, use):
+        return [] if use is None else [_Rows(*stored, 0, steps)]
+
+    def body(index, state):
+        carry, stored = state
+        carry, seen = step(index, carry, list(map(whole, stored, uses)))
+        new = [None if use is None else _rows(rows, use)[:3] for rows, use in zip(seen, uses, strict=True)]
+        return carry, jax.tree.map(functools.partial(_put, index), stored, new)
+
+    def empty(use):
+        of_step = _rows(_tap(use), use)[:3]
+        return jax.tree.map(lambda a: jnp.repeat(a, steps, axis=_axis(a)), of_step)
+
+    start = carry, [None if use is None else empty(use) for use in uses]
+    carry, stored = jax.lax.fori_loop(0, steps, body, start)
+    return carry, list(map(whole, stored, uses))
+
+
+def _put(index, stored, new):
+    return jax.lax.dynamic_update_slice_in_dim(stored, new, index * new.shape[_axis(new)], _axis(new))
+
+
+def _axis(rows) -> int:
+    """The axis of rows, of [lane, row, width], or of tiles."""
+    return rows.ndim // 2

@@ -1,0 +1,171 @@
+"""The dual engine gives what the primal one does, without a client's own copy of any kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small_round
+from small_round import algorithm, distance, population, run, weights
+
+from fedmoe_jax import Population, alignment, kernels, models, partition
+from fedmoe_jax.kernels import DualDelta, History
+from fedmoe_jax.local import plan
+from fedmoe_jax.local.cohort import batch_shape
+from fedmoe_jax.models.losses import cross_entropy
+
+SGD = optax.sgd(0.3)
+LINEAR = {
+    "sgd": SGD,
+    "momentum": optax.sgd(0.2, momentum=0.9),
+    "nesterov": optax.sgd(0.2, momentum=0.9, nesterov=True),
+    "weight decay": optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.3)),
+    "decay of kernels only": optax.chain(optax.add_decayed_weights(0.1, mask=lambda p: jax.tree.map(lambda w: w.ndim > 1, p)), SGD),
+    "schedule": optax.sgd(optax.linear_schedule(0.5, 0.1, 4)),
+}
+
+
+def both(data, count=2, **options):
+    """(state, info) after `count` rounds by the primal and by the dual engine, and how far the former came."""
+    primal, dual = (run(algorithm(engine=engine, **options), data, count) for engine in ("primal", "dual"))
+    start = algorithm(engine="primal", **options).init(small_round.KEY, data)
+    return primal, dual, distance(weights(primal[0]), weights(start))
+
+
+def assert_same(data, tolerance=5e-6, **options):
+    (primal, info), (dual, info_dual), moved = both(data, **options)
+    assert moved > 0.01 and distance(weights(primal), weights(dual)) <= tolerance * moved
+    np.testing.assert_allclose(info_dual.train_loss, info.train_loss, rtol=1e-5)
+    np.testing.assert_array_equal(info_dual.tokens, info.tokens)
+    for a, b in zip(jax.tree.leaves(primal.aligner), jax.tree.leaves(dual.aligner), strict=True):
+        if jnp.issubdtype(a.dtype, jnp.floating):
+            np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_optimizers(name):
+    """Clients of 1 to 9 examples take 1 to 3 steps an epoch."""
+    assert_same(population(), client_optimizer=LINEAR[name], local_epochs=2)
+
+
+def test_loop_of_many_steps():
+    assert_same(population(), client_optimizer=LINEAR["momentum"], local_steps=11)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(prox=0.5), dict(solo_examples=4), dict(chunk_size=2), dict(router="personal"), dict(router_prior=2.0)],
+    ids=lambda options: next(iter(options)),
+)
+def test_options(options):
+    aligner = small_round.aligner("balanced")
+    assert_same(population(), aligner=aligner, **options)
+
+
+@pytest.mark.parametrize("cohort", [3, 8])
+def test_more_and_fewer_pairs_than_experts(cohort):
+    assert_same(population(), cohort_size=cohort, aligner=small_round.aligner(max_slots=1))
+
+
+def test_clients_with_fewer_slots_or_none():
+    assert_same(population(memory_bytes=8000.0), aligner=small_round.aligner(max_slots=3))
+
+
+@pytest.mark.parametrize("moe", [dict(token_capacity=1.0), dict(activation="swiglu"), dict(shared_experts=1)], ids=str)
+def test_layers(moe):
+    assert_same(population(), of=small_round.model(top_k=2, **moe), aligner=small_round.aligner(max_slots=3))
+
+
+def test_tiles_of_tokens():
+    """So many tokens for so many slots that the layer sorts them into tiles."""
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(600, small_round.FEATURES)).astype(np.float32), draw.integers(0, small_round.CLASSES, 600)
+    data = Population.from_arrays(x, y, list(np.arange(600).reshape(3, 200)))
+    net = small_round.model(num_experts=8)
+    choices = plan.engines(partition(net), cross_entropy, batch_shape(data, 200), slots=8, steps=3, engine="dual", balance=8.0)
+    assert any(choice.use is not None and choice.use.tiled for choice in choices)
+    options = dict(of=net, cohort_size=3, batch_size=200, aligner=alignment.full(num_experts=8))
+    assert_same(data, local_epochs=3, **options)
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_transformer(tie_embeddings):
+    text = np.random.default_rng(0).integers(0, 11, (24, 9)).astype(np.int32)
+    data = Population.from_arrays(text[:, :-1], text[:, 1:], list(np.arange(24).reshape(4, 6)))
+    small = dict(layers=1, features=8, heads=2, kv_heads=1, expert_hidden=6, tie_embeddings=tie_embeddings)
+    net = models.create("transformer", input_shape=(8,), num_classes=11, num_experts=4, top_k=1, seed=0, per_layer=True, **small)
+    assert_same(data, of=net, cohort_size=4, batch_size=2, solo_examples=2)
+
+
+def test_a_client_with_broken_data_is_left_out():
+    healthy, broken = (population(broken=clients) for clients in ((), (3,)))
+    (_, info), (dual, info_dual), _ = both(broken, cohort_size=8)
+    assert info_dual.rejected_updates == info.rejected_updates == 1
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(weights(dual)))
+    assert both(healthy, cohort_size=8)[1][1].rejected_updates == 0
+
+
+def test_no_client_has_a_copy_of_a_kernel():
+    """No value of the compiled round is as large as an expert for each slot, or the shared kernel for each client."""
+    wide = dict(hidden=64, expert_hidden=96)
+    data, clients = population(), 8
+    options = dict(of=small_round.model(**wide), cohort_size=clients, aligner=small_round.aligner("balanced"), solo_examples=4)
+    largest = {}
+    for engine in ("primal", "dual"):
+        step = algorithm(engine=engine, **options)
+        state = step.init(small_round.KEY, data)
+        text = step.step.lower(state, data).as_text()
+        largest[engine] = any(f"tensor<{clients}x{shape}xf32>" in text for shape in ("2x64x96", "2x96x64", "64x3", "3x64x96", "4x64x96"))
+    assert largest == {"primal": True, "dual": False}
+
+
+@pytest.mark.parametrize(
+    "optimizer", [optax.adam(0.1), optax.chain(optax.clip_by_global_norm(1.0), SGD), optax.chain(optax.centralize(), SGD)]
+)
+def test_other_optimizers_stay_primal(optimizer):
+    assert not plan.is_linear(optimizer)
+    algorithm(client_optimizer=optimizer, engine="auto")
+    with pytest.raises(ValueError, match="client_optimizer is not linear"):
+        algorithm(client_optimizer=optimizer, engine="dual")
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_optimizers_are_recognised(name):
+    optimizer = optax.chain(optax.add_decayed_weights(0.1), SGD) if "only" in name else LINEAR[name]
+    assert plan.is_linear(optimizer)
+
+
+def test_an_engine_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="engine is 'fast'"):
+        algorithm(engine="fast")
+
+
+def delta_of(clients=3, features=5, hidden=4, seed=0):
+    draw = np.random.default_rng(seed)
+    rows = [
+        History(
+            *(
+                jnp.asarray(draw.normal(size=shape), jnp.float32)
+                for shape in ((clients, 1, 6, features), (clients, 1, 6, hidden), (clients, 6))
+            )
+        )
+        for _ in range(2)
+    ]
+    shrink, base = draw.normal(size=clients), draw.normal(size=(features, hidden))
+    return DualDelta(tuple(rows), jnp.asarray(shrink, jnp.float32), jnp.asarray(base, jnp.float32))
+
+
+def formed(delta):
+    total = np.asarray(delta.shrink)[:, None, None] * np.asarray(delta.base)
+    for rows in delta.history:
+        total = total + np.einsum("crd,cr,crh->cdh", rows.inputs[:, 0], rows.weight, rows.gradients[:, 0])
+    return total
+
+
+def test_deltas_on_request_and_norms_without_them():
+    delta = delta_of()
+    np.testing.assert_allclose(kernels.form(delta), formed(delta), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(kernels.squared_norm(delta), (formed(delta) ** 2).sum((1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(
+        kernels.shared_sum(delta, jnp.array([1.0, 0.0, 2.0])), formed(delta)[0] + 2 * formed(delta)[2], rtol=1e-4, atol=1e-5
+    )
