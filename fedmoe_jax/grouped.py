@@ -1,45 +1,73 @@
 """Products of many groups of rows with the weights of one expert each, without a copy of the weights for each group.
 
-Groups of the same expert are put side by side in tiles, a few for each expert, and one batched product serves all tiles.
-Under vmap the groups of all clients come together first: that is what makes a whole cohort one product.
+Groups of the same expert are put side by side, so that one batched product serves all. Where every expert has about as many
+groups, as a balanced assignment gives it, all its groups are one batch [expert, place]; otherwise they fall into tiles, a few
+for each expert. Under vmap the groups of all clients come together first: that makes a whole cohort one product.
 """
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax.base import pytree
 
 _TILES = 4
 """Full tiles of each expert, about; one more may be partly empty. More of them waste fewer rows and copy more weights."""
 
+_ROOM = 1.25
+"""Places of each expert over the mean number of groups, where all are one batch."""
+
 
 @pytree
-class Tiles:
-    """`group` in each place of each tile (num_groups where empty), `expert` of each tile, and the place of each group."""
+class Layout:
+    """`group` in each place of each tile (any where empty, `filled` says which), `expert` of each tile, and the place of each group."""
 
     group: Int[Array, "tile place"]
+    filled: Bool[Array, "tile place"]
     expert: Int[Array, " tile"]
     place: Int[Array, " group"]
 
 
-def tiles(index: Int[Array, " group"], num_experts: int) -> Tiles:
-    """Puts groups of the same expert side by side."""
+def tiles(index: Int[Array, " group"], num_experts: int) -> Layout:
+    """Groups of the same expert side by side, in as many tiles of equal size as it needs."""
     num_groups = index.shape[0]
     size = max(1, num_groups // (_TILES * num_experts))
     number = -(-num_groups // size) + num_experts
-    order = jnp.argsort(index, stable=True).astype(jnp.int32)
     counts = jnp.bincount(index, length=num_experts).astype(jnp.int32)
     needed = -(-counts // size)
     last = jnp.cumsum(needed)
-    first, start = last - needed, jnp.cumsum(counts) - counts
     expert = jnp.minimum((last <= jnp.arange(number)[:, None]).sum(axis=1), num_experts - 1)
-    rank = (jnp.arange(number) - first[expert])[:, None] * size + jnp.arange(size)
-    filled = rank < counts[expert][:, None]
-    group = jnp.where(filled, order[jnp.minimum(start[expert][:, None] + rank, num_groups - 1)], num_groups)
+    return _lay_out(index, counts, expert, last - needed, size)
+
+
+def rows_of_experts(index: Int[Array, " group"], num_experts: int) -> Layout:
+    """One tile for each expert, for as many groups as `places`; see `fits`."""
+    counts = jnp.bincount(index, length=num_experts).astype(jnp.int32)
+    each = jnp.arange(num_experts, dtype=jnp.int32)
+    return _lay_out(index, counts, each, each, places(index.shape[0], num_experts))
+
+
+def places(num_groups: int, num_experts: int) -> int:
+    """Groups that an expert may have in `rows_of_experts`."""
+    return int(_ROOM * num_groups / num_experts) + 1
+
+
+def fits(index: Int[Array, " group"], num_experts: int) -> Bool[Array, ""]:
+    """Whether no expert has more groups than `places`."""
+    return jnp.bincount(index, length=num_experts).max() <= places(index.shape[0], num_experts)
+
+
+def _lay_out(index, counts, expert, first, size) -> Layout:
+    """Tile t holds `size` groups of `expert[t]`, whose tiles begin at `first`."""
+    num_groups = index.shape[0]
+    order = jnp.argsort(index, stable=True).astype(jnp.int32)
+    start = jnp.cumsum(counts) - counts
+    rank = (jnp.arange(expert.shape[0]) - first[expert])[:, None] * size + jnp.arange(size)
+    group = order[jnp.minimum(start[expert][:, None] + rank, num_groups - 1)]
     ranks = jnp.zeros_like(order).at[order].set(jnp.arange(num_groups, dtype=jnp.int32)) - start[index]
-    return Tiles(group, expert, first[index] * size + ranks)
+    return Layout(group, rank < counts[expert][:, None], expert, first[index] * size + ranks)
 
 
 @custom_vmap
@@ -67,24 +95,35 @@ def _matmul(x, base, index):
         return x @ base[0]
     if num_groups <= num_experts:
         return x @ base[index]
-    layout = tiles(index, num_experts)
-    y = _laid_out(x, layout) @ base[layout.expert]
-    return y.reshape(-1, rows, y.shape[-1])[layout.place]
+
+    def product(layout, weights):
+        y = x[layout.group].reshape(layout.group.shape[0], -1, x.shape[-1]) @ weights
+        return y.reshape(-1, rows, y.shape[-1])[layout.place]
+
+    def in_tiles():
+        layout = tiles(index, num_experts)
+        return product(layout, base[layout.expert])
+
+    return lax.cond(fits(index, num_experts), lambda: product(rows_of_experts(index, num_experts), base), in_tiles)
 
 
 def outer(
     x: Float[Array, "group row feature"], y: Float[Array, "group row hidden"], index: Int[Array, " group"], num_experts: int
 ) -> Float[Array, "expert feature hidden"]:
     """For each expert the sum of x[g]^T y[g] over its groups, in float32. Groups whose index is `num_experts` are left out."""
+
+    def sums(layout):
+        flat = layout.group.shape[0], -1
+        own = jnp.where(layout.filled[..., None, None], y[layout.group], 0).reshape(*flat, y.shape[-1])
+        return jnp.einsum("trd,trh->tdh", x[layout.group].reshape(*flat, x.shape[-1]), own, preferred_element_type=jnp.float32)
+
+    def in_tiles():
+        layout = tiles(index, num_experts)
+        return jax.ops.segment_sum(sums(layout), layout.expert, num_experts)
+
     nobody = index == num_experts
     y = jnp.where(nobody[:, None, None], 0, y)
     if num_experts == 1:
         return jnp.einsum("grd,grh->dh", x, y, preferred_element_type=jnp.float32)[None]
-    layout = tiles(jnp.where(nobody, 0, index), num_experts)
-    sums = jnp.einsum("trd,trh->tdh", _laid_out(x, layout), _laid_out(y, layout), preferred_element_type=jnp.float32)
-    return jax.ops.segment_sum(sums, layout.expert, num_experts)
-
-
-def _laid_out(x, layout: Tiles) -> Float[Array, "tile row feature"]:
-    rows = jnp.take(x, layout.group, axis=0, mode="fill", fill_value=0)  # [tile, place, row, feature]
-    return rows.reshape(rows.shape[0], -1, x.shape[-1])
+    index = jnp.where(nobody, jnp.arange(index.shape[0]) % num_experts, index)  # spread evenly, they add nothing
+    return lax.cond(fits(index, num_experts), lambda: sums(rows_of_experts(index, num_experts)), in_tiles)

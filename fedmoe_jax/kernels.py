@@ -175,19 +175,22 @@ def expert_sum(
 ) -> Float[Array, "expert feature hidden"]:
     """For each expert the sum over the slots that hold it of weight times what was added there. `held` is `num_experts` if empty."""
     shrink = jax.ops.segment_sum((weight * delta.shrink[:, None]).reshape(-1), held.reshape(-1), num_experts + 1)[:-1]
-    return shrink[:, None, None] * delta.base + sum(_expert_rows(rows, held, weight, num_experts) for rows in delta.history)
-
-
-def _expert_rows(rows: History, held, weight, num_experts: int):
-    inputs, gradients = rows.inputs, rows.gradients
-    coefficient = jnp.broadcast_to(rows.weight[:, None], inputs.shape[:3])
-    if rows.slot is not None:  # the one lane falls into tiles, each of a slot
-        tiles = rows.slot.shape[1]
+    inputs, gradients, coefficient, slot = _joined(delta.history)
+    if slot is not None:  # the one lane falls into tiles, each of a slot
+        tiles = slot.shape[1]
         inputs, gradients, coefficient = (a.reshape(a.shape[0], tiles, -1, *a.shape[3:]) for a in (inputs, gradients, coefficient))
-        held, weight = (jnp.take_along_axis(a, rows.slot, axis=1) for a in (held, weight))
+        held, weight = (jnp.take_along_axis(a, slot, axis=1) for a in (held, weight))
     gradients = gradients * (weight[..., None] * coefficient)[..., None].astype(gradients.dtype)
     inputs, gradients, held = (a.reshape(-1, *a.shape[2:]) for a in (inputs, gradients, held))
-    return grouped.outer(inputs, gradients, held, num_experts)
+    return shrink[:, None, None] * delta.base + grouped.outer(inputs, gradients, held, num_experts)
+
+
+def _joined(history: tuple[History, ...]):
+    """Inputs, gradients and weights [client, lane, row, ...] of the whole history, and the slots of its tiles."""
+    inputs, gradients = (jnp.concatenate([getattr(rows, name) for rows in history], axis=2) for name in ("inputs", "gradients"))
+    weight = jnp.concatenate([rows.weight for rows in history], axis=1)[:, None]
+    slots = [rows.slot for rows in history if rows.slot is not None]
+    return inputs, gradients, jnp.broadcast_to(weight, inputs.shape[:3]), jnp.concatenate(slots, axis=1) if slots else None
 
 
 def _product(x, kernel: DualKernel, expert) -> Float[Array, "group row hidden"]:

@@ -22,7 +22,7 @@ ROUTERS = ("shared", "personal", "statistics")
 PROFILES = tuple(SOURCES)
 PROFILE_FILES = (".json", ".jsonl")
 ASSIGNMENTS = ("shared", "per_layer")
-ENGINES = ("auto", "primal")
+ENGINES = ("auto", "primal", "dual")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adam", "adamw", "lion", "rmsprop", "yogi")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -109,7 +109,7 @@ class TrainConfig:
     speed_jitter: float = 0.0
     """How far a client's speed differs from round to round, likewise."""
     engine: str = "auto"
-    """Local training: auto or primal."""
+    """Local training: primal, each client with its own weights; dual, without; or auto, whichever costs less for each kernel."""
     dtype: str = "float32"
     """Type of the computation: float32 or bfloat16."""
     chunk: int | None = None

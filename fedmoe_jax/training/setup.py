@@ -59,7 +59,7 @@ class Setup:
             cohort_size=config.cohort, batch_size=config.batch_size, local_steps=config.local_steps,
             local_epochs=None if config.local_steps is not None else config.local_epochs, prox=config.prox, router=config.router,
             router_prior=config.router_prior, deadline=config.deadline, chunk_size=chunk, conditions=conditions,
-            solo_examples=self.solo_examples,
+            solo_examples=self.solo_examples, engine=config.engine,
         )  # fmt: skip
 
     def aligner_scores(self, state: State) -> Any:
