@@ -66,7 +66,7 @@ def federated_moe(
     conditions: Conditions | None = None,
     solo_examples: int | None = None,
     chunk_size: int | None = None,
-    engine: str = "auto",
+    engine: str = "primal",
     aggregator: Aggregator | None = None,
     personal_budget_bytes: float = 4e9,
 ) -> Algorithm:
@@ -243,7 +243,7 @@ def _engine(engine: str, client_optimizer: Any, aggregator: Aggregator) -> str:
     reason = None
     if aggregator.needs != "sum":
         reason = f"the aggregator needs {aggregator.needs} of each client"
-    elif not plan.is_linear(made):
+    elif engine != "primal" and not plan.is_linear(made):
         reason = "client_optimizer is not linear in the gradient of each weight"
     if engine == "dual" and reason:
         raise ValueError(f"engine is 'dual', but {reason}: use 'auto' or 'primal'")

@@ -108,7 +108,7 @@ class TrainConfig:
     """How far a client's speed differs from its profile for good, as the deviation of its logarithm."""
     speed_jitter: float = 0.0
     """How far a client's speed differs from round to round, likewise."""
-    engine: str = "auto"
+    engine: str = "primal"
     """Local training: primal, each client with its own weights; dual, without; or auto, whichever costs less for each kernel."""
     dtype: str = "float32"
     """Type of the computation: float32 or bfloat16."""
