@@ -77,7 +77,7 @@ class DualDelta:
 
 
 def is_finite(leaf: Any) -> Bool[Array, ""]:
-    """Whether all numbers of an array are finite, or those of a `DualDelta`: X itself cannot be bad where G is not."""
+    """Whether all numbers of an array are finite, or those of a `DualDelta` but for X, which is large and seldom bad where G is not."""
     if isinstance(leaf, DualDelta):
         return jnp.stack([jnp.isfinite(rows.gradients).all() for rows in leaf.history]).all() & jnp.isfinite(leaf.shrink)
     return jnp.isfinite(leaf).all()

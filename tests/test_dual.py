@@ -99,14 +99,14 @@ def test_transformer(tie_embeddings):
 
 def test_a_client_with_broken_data_is_left_out():
     healthy, broken = (population(broken=clients) for clients in ((), (3,)))
-    (_, info), (dual, info_dual), _ = both(broken, cohort_size=8)
+    (primal, info), (dual, info_dual), moved = both(broken, cohort_size=8)
     assert info_dual.rejected_updates == info.rejected_updates == 1
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(weights(dual)))
+    assert distance(weights(primal), weights(dual)) <= 5e-6 * moved
     assert both(healthy, cohort_size=8)[1][1].rejected_updates == 0
 
 
 def test_no_client_has_a_copy_of_a_kernel():
-    """No value of the compiled round is as large as an expert for each slot, or the shared kernel for each client."""
+    """No value of the round has the axes [client, slot, ...] of an expert's kernels, or [client, ...] of the head's."""
     wide = dict(hidden=64, expert_hidden=96)
     data, clients = population(), 8
     options = dict(of=small_round.model(**wide), cohort_size=clients, aligner=small_round.aligner("balanced"), solo_examples=4)

@@ -29,8 +29,8 @@ def test_bounds_that_follow_demand_serve_small_tasks_no_worse_than_greedy(plante
         return {name: sum(run[name] for run in runs) / 5 for name in runs[0]}
 
     ours, greedy = means_of("balanced, demand 0.75"), means_of("greedy")
-    for metric, noise in (("client_accuracy_mean", 0.01), ("client_accuracy_p10", 0.05)):
-        assert ours[metric] >= greedy[metric] - noise
+    for metric in ("client_accuracy_mean", "client_accuracy_p10"):
+        assert ours[metric] >= greedy[metric]
     assert ours["least_trained"] >= 0.25
 
 

@@ -12,7 +12,7 @@ from fedmoe_jax.alignment import flow, transport
 
 _TIES = 2.0**-15  # times the root of up to 4,096 clients: the share of the mean absolute deviation within which ties are broken
 _TINY = 1e-6
-_HUGE = 1e30  # sums of so large a fitness over all pairs are still finite
+_HUGE = 1e37  # differences of so large a fitness are still finite
 
 
 class BalancedInfo(NamedTuple):
@@ -105,7 +105,7 @@ def balanced(
     random. Under jit, negative slots count as 0 and an upper below lower counts as lower.
 
     Args:
-      fitness: value of a pair, higher is better; a non-finite value forbids the pair, one beyond 1e30 in size counts as that.
+      fitness: value of a pair, higher is better; a non-finite value forbids the pair, one beyond 1e37 in size counts as that.
       slots: experts that each client can hold, 0 to num_experts.
       lower, upper: least and most clients that each expert may get.
       key: breaks ties; None breaks them in the same way each time.

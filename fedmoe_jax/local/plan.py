@@ -45,7 +45,7 @@ class Choice(NamedTuple):
 
 
 BALANCE = {"cpu": 8.0, "gpu": 100.0, "tpu": 100.0}
-"""FLOPs that take about as long as a byte of memory traffic; on an H100 set so that measured rows are planned right."""
+"""FLOPs that take about as long as a byte of memory traffic: a setting, not a measurement."""
 
 
 def engines(parts: Partition, loss_fn: LossFn, batch: Batch, *, slots: int, steps: int, engine: str, balance: float) -> tuple[Choice, ...]:
