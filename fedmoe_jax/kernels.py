@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.nnx import tracers
 from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax import grouped
@@ -77,10 +78,8 @@ class DualDelta:
 
 
 def is_finite(leaf: Any) -> Bool[Array, ""]:
-    """Whether all numbers of an array are finite, or those of a `DualDelta` but for X, which is large and seldom bad where G is not."""
-    if isinstance(leaf, DualDelta):
-        return jnp.stack([jnp.isfinite(rows.gradients).all() for rows in leaf.history]).all() & jnp.isfinite(leaf.shrink)
-    return jnp.isfinite(leaf).all()
+    """Whether all numbers of an array are finite, or those that a `DualDelta` is made of."""
+    return jnp.stack([jnp.isfinite(a).all() for a in jax.tree.leaves(leaf)]).all()
 
 
 def is_dual(leaf: Any) -> bool:
@@ -94,10 +93,13 @@ class Probe:
     def __init__(self, value: Array):
         self.value = value
         self.products: list[tuple[Any, bool]] = []
+        self.trace = tracers.current_jax_trace()
         self.other = False
 
     def note(self, x: Array, tiled: bool) -> Array:
         """Notes a product with x."""
+        if self.trace != tracers.current_jax_trace():
+            self.other = True  # in a loop or under a transformation, one note may be many products
         self.products.append((jax.ShapeDtypeStruct(x.shape, x.dtype), tiled))
         return self.value
 
@@ -144,7 +146,7 @@ def shared_sum(delta: Any, weight: Float[Array, " client"]) -> Float[Array, "...
         return jnp.tensordot(weight, delta, 1)
     total = (weight @ delta.shrink) * delta.base
     for rows in delta.history:
-        gradients = rows.gradients[:, 0] * (weight[:, None] * rows.weight)[..., None].astype(rows.gradients.dtype)
+        gradients = (rows.gradients[:, 0] * (weight[:, None] * rows.weight)[..., None]).astype(rows.gradients.dtype)
         total += jnp.einsum("crd,crh->dh", rows.inputs[:, 0], gradients, preferred_element_type=jnp.float32)
     return total
 
@@ -180,7 +182,7 @@ def expert_sum(
         tiles = slot.shape[1]
         inputs, gradients, coefficient = (a.reshape(a.shape[0], tiles, -1, *a.shape[3:]) for a in (inputs, gradients, coefficient))
         held, weight = (jnp.take_along_axis(a, slot, axis=1) for a in (held, weight))
-    gradients = gradients * (weight[..., None] * coefficient)[..., None].astype(gradients.dtype)
+    gradients = (gradients * (weight[..., None] * coefficient)[..., None]).astype(gradients.dtype)
     inputs, gradients, held = (a.reshape(-1, *a.shape[2:]) for a in (inputs, gradients, held))
     return shrink[:, None, None] * delta.base + grouped.outer(inputs, gradients, held, num_experts)
 
@@ -203,7 +205,7 @@ def _product(x, kernel: DualKernel, expert) -> Float[Array, "group row hidden"]:
 @jax.custom_vjp
 def _dual(x, base, index, scale, history, slot, tap):
     """scale x W + ((x X^T) * weight) G: the product with the kernel, without forming it."""
-    y = scale.astype(x.dtype) * _times(x, base, index)
+    y = (scale * _times(x, base, index)).astype(x.dtype)
     for rows in history:
         y = y + _correction(x, rows.inputs, rows.gradients, rows, slot)
     return y
@@ -215,7 +217,7 @@ def _forward(x, base, index, scale, history, slot, tap):
 
 def _backward(kept, g):
     x, base, index, scale, history, slot = kept
-    back = scale.astype(g.dtype) * _times(g, jnp.swapaxes(base, -1, -2), index)
+    back = (scale * _times(g, jnp.swapaxes(base, -1, -2), index)).astype(g.dtype)
     for rows in history:
         back = back + _correction(g, rows.gradients, rows.inputs, rows, slot)
     return back, None, None, None, None, None, (x, g) if slot is None else (x, g, slot.astype(jnp.float32))
@@ -232,7 +234,8 @@ def _times(x, base, index):
 def _correction(x, into, out, rows: History, slot) -> Float[Array, "group row width"]:
     """What these rows add to x W, or with `into` and `out` exchanged to x W^T."""
     lanes = x.reshape(into.shape[0], -1, x.shape[-1])
-    gram = jnp.einsum("lrd,lnd->lrn", lanes, into) * rows.weight.astype(x.dtype)
+    gram = jnp.einsum("lrd,lnd->lrn", lanes, into)
+    gram = (gram * rows.weight).astype(x.dtype)
     if rows.slot is not None:
         own, theirs = jnp.repeat(slot, x.shape[1]), jnp.repeat(rows.slot, into.shape[1] // rows.slot.shape[0])
         gram = jnp.where(own[:, None] == theirs, gram, 0)

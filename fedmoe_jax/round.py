@@ -106,7 +106,7 @@ def federated_moe(
     trainer = Trainer(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, prox, router == "personal",
         batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
-        aligner.max_slots, _engine(engine, client_optimizer, aggregator),
+        aligner.max_slots, _engine(engine, client_optimizer, aggregator, parts),
     )  # fmt: skip
 
     def init(key: Key[Array, ""], population: Population) -> State:
@@ -235,15 +235,14 @@ def _serve(server_optimizer, state, delta, tokens, examples):
     return (experts, jax.tree.map(lambda new, value: jnp.where(examples > 0, new, value), shared, state.shared)), optimizer
 
 
-def _engine(engine: str, client_optimizer: Any, aggregator: Aggregator) -> str:
+def _engine(engine: str, client_optimizer: Any, aggregator: Aggregator, parts: Any) -> str:
     """The engine to use: primal where the dual one cannot serve the optimizer or the aggregator."""
     if engine not in ("auto", "primal", "dual"):
         raise ValueError(f"engine is {engine!r}, it must be 'auto', 'primal' or 'dual'")
-    made = client_optimizer if isinstance(client_optimizer, optax.GradientTransformation) else client_optimizer(jnp.int32(0))
     reason = None
     if aggregator.needs != "sum":
         reason = f"the aggregator needs {aggregator.needs} of each client"
-    elif engine != "primal" and not plan.is_linear(made):
+    elif engine != "primal" and not plan.is_linear(client_optimizer, (parts.experts, parts.shared)):
         reason = "client_optimizer is not linear in the gradient of each weight"
     if engine == "dual" and reason:
         raise ValueError(f"engine is 'dual', but {reason}: use 'auto' or 'primal'")

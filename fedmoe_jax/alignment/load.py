@@ -29,7 +29,7 @@ class LoadState:
 def monitor(
     *,
     decay: float = 0.99,
-    tolerance: float = 0.1,
+    tolerance: float | None = None,
     gain: float | None = None,
     demand: float = 0.0,
     count: Literal["tokens", "clients"] = "tokens",
@@ -53,7 +53,8 @@ def monitor(
 
     Args:
       decay: what a round's load still counts one round later, 0 to 1. At 1 nothing is forgotten.
-      tolerance: how far a round may stray from its targets for the sake of fitness, 0 or more.
+      tolerance: how far a round may stray from its targets for the sake of fitness, 0 or more. By default 0.1, but 0.3 where
+        bounds follow demand, so that they cost no accuracy against greedy choice (experiments/results/demand.json).
       gain: share of the deficit to make up in one round, 0 or more; above 2 it oscillates. By default 1, but 0 where
         bounds follow demand: there, making up for tokens that clients did not send costs accuracy.
       demand: 0 trains all experts evenly, 1 as much as clients ask for them; between, the mixture of both.
@@ -67,6 +68,7 @@ def monitor(
         raise ValueError(f"decay is {decay}, it must be 0 to 1")
     if not 0 <= demand <= 1:
         raise ValueError(f"demand is {demand}, it must be 0 to 1")
+    tolerance = (0.3 if demand else 0.1) if tolerance is None else tolerance
     if not 0 <= tolerance < float("inf"):
         raise ValueError(f"tolerance is {tolerance}, it must be 0 or more")
     gain = float(demand == 0) if gain is None else gain

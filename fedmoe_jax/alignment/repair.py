@@ -12,22 +12,32 @@ from jaxtyping import Array, Bool, Int
 from fedmoe_jax.alignment.flow import FAR, Plan, Problem, apply_if, excess, surplus
 
 _NEAR, _SHARE = 1024, 16  # a repair looks first among so many clients, or one in so many
-_ROWS = 8  # experts whose arcs are computed side by side
+_PARTS = 8  # in so many steps the arcs of all experts are computed
+_RELAXATIONS = 4  # between two looks whether there was any use in them
 
 
 def repair(problem: Problem, plan: Plan) -> Plan:
-    """Moves clients along shortest paths: such as need only clients that nearly moved already, else whichever are shortest."""
+    """Moves clients along shortest paths, for as long as the plan leaves experts with too many or too few.
+
+    While that is enough, along such as need only clients that nearly moved already.
+    """
     num_clients = problem.slots.shape[0]
     nobody = jnp.zeros(problem.lower.shape, jnp.int32)
+    count = max(_NEAR, num_clients // _SHARE)
 
     def among_all(plan):
         return _move(problem, plan, nobody, jnp.int32(FAR))[0]
 
-    count = max(_NEAR, num_clients // _SHARE)
+    def step(state):
+        plan, near = apply_if(state[1], lambda state: _among_near(problem, state[0], count), state)
+        return apply_if(~near, among_all, plan), near
+
+    def unfinished(state):
+        return surplus(state[0]) > 0
+
     if num_clients <= count:
-        return among_all(plan)
-    plan, moved = _among_near(problem, plan, count)
-    return apply_if(~moved, among_all, plan)
+        return lax.while_loop(lambda plan: surplus(plan) > 0, among_all, plan)
+    return lax.while_loop(unfinished, step, (plan, jnp.bool_(True)))[0]
 
 
 def _among_near(problem: Problem, plan: Plan, count: int) -> tuple[Plan, Bool[Array, ""]]:
@@ -97,7 +107,7 @@ def _costs(problem: Problem, plan: Plan, load, worth) -> Int[Array, "node node"]
     """Cost of each arc at the current prices, at least 0: between experts, to the bank and from it."""
     leave = jnp.where(plan.mask, worth, FAR)
     enter = jnp.where(plan.mask | ~problem.allowed, -FAR, worth).T  # so that the least over clients is one of vectors
-    swap = lax.map(lambda held: jnp.min(held[:, None] - enter, axis=0), leave, batch_size=_ROWS)
+    swap = lax.map(lambda held: jnp.min(held[:, None] - enter, axis=0), leave, batch_size=-(-len(leave) // _PARTS))
     taken, _ = excess(problem, plan.prices, load)
     fine = problem.fine
     to_bank = jnp.where(taken < problem.lower, -fine, jnp.where(taken < problem.upper, 0, fine)) - plan.prices
@@ -112,15 +122,20 @@ def _shortest_paths(cost, excess) -> tuple[Int[Array, " node"], Int[Array, " nod
     """Bellman-Ford from all nodes with an excess: distance, and the node before (itself at the start)."""
     node = jnp.arange(excess.shape[0], dtype=jnp.int32)
 
-    def relax(carry):
-        distance, parent, _ = carry
+    def relax(_, carry):
+        distance, parent = carry
         through = distance[:, None] + cost
         nearer = through.min(axis=0) < distance
         parent = jnp.where(nearer, through.argmin(axis=0).astype(jnp.int32), parent)
-        return jnp.where(nearer, through.min(axis=0), distance), parent, nearer.any()
+        return jnp.where(nearer, through.min(axis=0), distance), parent
+
+    def some(carry):
+        distance, parent, _ = carry
+        new, parent = lax.fori_loop(0, _RELAXATIONS, relax, (distance, parent))
+        return new, parent, (new < distance).any()
 
     start = jnp.where(excess > 0, 0, FAR)
-    return lax.while_loop(lambda carry: carry[2], relax, (start, node, jnp.bool_(True)))[:2]
+    return lax.while_loop(lambda carry: carry[2], some, (start, node, jnp.bool_(True)))[:2]
 
 
 def _ends(distance, parent, client, excess) -> Bool[Array, " node"]:

@@ -57,4 +57,4 @@ def _optimum(problem: flow.Problem, prices: Int[Array, " expert"]) -> flow.Plan:
     few = _FEW * problem.value.shape[0]
     none = flow.Plan(jnp.zeros(problem.value.shape, bool), prices, jnp.zeros(problem.value.shape[0] + 1, jnp.int32))
     plan, _, _ = lax.while_loop(unfit, attempt, (none, prices, jnp.int32(0)))
-    return lax.while_loop(lambda plan: flow.surplus(plan) > 0, functools.partial(repair, problem), plan)
+    return repair(problem, plan)

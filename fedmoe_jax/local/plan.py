@@ -1,16 +1,18 @@
 """Plans local training: which engine trains each kernel, and how many clients are trained side by side."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Array
 
 from fedmoe_jax.base import Batch, LossFn, RoundCost
 from fedmoe_jax.experts import Partition, RouterParam, groups
 from fedmoe_jax.kernels import Probe
-from fedmoe_jax.local.dual import Use
+from fedmoe_jax.local.dual import UNROLLED, Use
 from fedmoe_jax.local.primal import objective
 
 MEMORY_SHARE = 0.5
@@ -45,7 +47,7 @@ class Choice(NamedTuple):
 
 
 BALANCE = {"cpu": 8.0, "gpu": 100.0, "tpu": 100.0}
-"""FLOPs that take about as long as a byte of memory traffic: a setting, not a measurement."""
+"""FLOPs that take about as long as a byte of memory traffic; a setting, not a measurement."""
 
 
 def engines(parts: Partition, loss_fn: LossFn, batch: Batch, *, slots: int, steps: int, engine: str, balance: float) -> tuple[Choice, ...]:
@@ -66,29 +68,54 @@ def engines(parts: Partition, loss_fn: LossFn, batch: Batch, *, slots: int, step
             choices.append(Choice(name, None, 0.0, 0.0, "not a factor of one product"))
             continue
         primal, dual = _cost(use, leaf.shape[-2:], slots if leaf.ndim == 3 else 1, steps, balance)
-        better = engine == "dual" or (engine == "auto" and dual < primal)
-        choices.append(Choice(name, use if better else None, primal, dual, "asked for" if engine != "auto" else "costs less"))
+        cheaper = dual < primal and steps <= UNROLLED
+        better = engine == "dual" or (engine == "auto" and cheaper)
+        reason = "asked for" if engine != "auto" else "costs less" if better else "would cost more in the dual engine"
+        choices.append(Choice(name, use if better else None, primal, dual, reason))
     return tuple(choices)
 
 
-def is_linear(optimizer: optax.GradientTransformation) -> bool:
-    """Whether the optimizer acts on each entry alone and linearly, so that the dual engine can run it on coefficients.
+def is_linear(optimizer: optax.GradientTransformation | Callable[[Array], optax.GradientTransformation], weights: Any) -> bool:
+    """Whether an optimizer acts on each entry alone and linearly, so that the dual engine can run it on coefficients.
 
-    Tried on a matrix: three steps from given gradients, and the same from their coefficients.
+    Tried on small arrays in the structure of `weights`: three steps from gradients of several sizes, and the same from their
+    coefficients. An optimizer that is a function of the round is tried in some rounds; what never moves is not taken for linear.
     """
-    basis = jax.random.normal(jax.random.key(0), (4, 4, 3))  # W_0 and three gradients
 
-    def run(weights, gradients):
-        state = optimizer.init(weights)
-        for gradient in gradients:
-            updates, state = optimizer.update(gradient, state, weights)
-            weights = optax.apply_updates(weights, updates)
-        return weights
+    def trial(round, size):
+        made = optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(round)
+        return _trial(made, weights, size)
 
-    unit = jnp.eye(4)[:, :, None, None]
-    coefficients = run(unit[0].reshape(4, 1), [row.reshape(4, 1) for row in unit[1:]])
-    expected = jnp.einsum("b,bij->ij", coefficients[:, 0], basis)
-    return bool(jnp.allclose(run(basis[0], list(basis[1:])), expected, rtol=1e-4, atol=1e-5))
+    trials = jax.jit(jax.vmap(jax.vmap(trial, (None, 0)), (0, None)))
+    try:
+        most, off = trials(jnp.arange(0, 101, 50), jnp.array([1e-2, 1.0, 1e4]))
+        moves = (most > 0) | (off > 0)
+        return bool(moves.any() & ((off <= 1e-3 * most + 2e-6) | ~moves).all())
+    except Exception:  # an optimizer that cannot be tried is left to the primal engine
+        return False
+
+
+def _trial(optimizer: optax.GradientTransformation, weights: Any, size: Array) -> tuple[Array, Array]:
+    """The largest change of a weight in three steps from gradients of a size, and how far off the prediction is."""
+    leaves, treedef = jax.tree.flatten(weights)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    basis = [jax.random.normal(key, (4, *(2,) * leaf.ndim)) for key, leaf in zip(keys, leaves, strict=True)]  # W_0, three gradients
+    basis = [row.at[1:].multiply(size) for row in basis]
+    units = [jnp.eye(4).reshape(4, 4, *(1,) * max(leaf.ndim - 1, 0)) for leaf in leaves]
+
+    def run(rows):
+        start = current = [row[0] for row in rows]
+        state = optimizer.init(jax.tree.unflatten(treedef, current))
+        for step in range(1, 4):
+            gradients = jax.tree.unflatten(treedef, [row[step] for row in rows])
+            updates, state = optimizer.update(gradients, state, jax.tree.unflatten(treedef, current))
+            current = jax.tree.leaves(optax.apply_updates(jax.tree.unflatten(treedef, current), updates))
+        return [new - old for new, old in zip(current, start, strict=True)]
+
+    changes = run(basis)
+    predicted = [jnp.tensordot(change.reshape(-1), row, 1) for change, row in zip(run(units), basis, strict=True)]
+    most = jnp.stack([jnp.abs(change).max() for change in changes]).max()
+    return most, jnp.stack([jnp.abs(a - b).max() for a, b in zip(changes, predicted, strict=True)]).max()
 
 
 def _leaves(parts: Partition) -> tuple[list[str], list[jax.Array]]:
@@ -150,7 +177,7 @@ def _cost(use: Use, width: tuple[int, ...], slots: int, steps: int, balance: flo
     groups, rows, _ = use.inputs.shape
     total = groups * rows * steps
     lanes = 1 if use.tiled else groups
-    before = total / lanes * (steps - 1) / (2 * steps) if steps > 1 else 0.0
+    before = total / lanes * ((steps - 1) / (2 * steps) if steps <= UNROLLED else 1.0)
     itemsize = use.inputs.dtype.itemsize
     products = 6.0 * total * fan_in * fan_out
     primal = products + balance * steps * 6 * 4 * slots * fan_in * fan_out

@@ -150,13 +150,15 @@ class MoE(nnx.Module):
         if self.token_capacity is not None:
             limit = min(math.ceil(self.token_capacity * pairs / slots), len(x))
             layout = dispatch.limited(routed.slot, routed.active, slots, limit)
+            expert = None  # tile e is that of slot e
         elif 2 * dispatch.tiled_rows(pairs, slots) < slots * len(x):
             layout = dispatch.tiled(routed.slot, routed.active, slots)
+            expert = layout.expert
         else:
             rows = self._feed_forward(jnp.broadcast_to(x, (slots, *x.shape)), None)
             gates = routing.dense_gates(routed, slots).astype(rows.dtype)
             return jnp.einsum("en,enh->nh", gates, rows), routed.active
-        rows = self._feed_forward(dispatch.dispatch(x, layout), layout.expert)
+        rows = self._feed_forward(dispatch.dispatch(x, layout), expert)
         return dispatch.combine(rows, routed.gate, layout), layout.kept
 
     def _feed_forward(self, rows, expert):

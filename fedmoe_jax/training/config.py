@@ -94,8 +94,8 @@ class TrainConfig:
     """shared, personal (router rows stay on the client) or statistics (rows from class counts and means)."""
     router_prior: float = 0.0
     """Multiple of a client's centred fitness that its router logits get."""
-    tolerance: float = 0.1
-    """How far clients per expert may be from the target of a round, as a share."""
+    tolerance: float | None = None
+    """How far clients per expert may be from the target of a round, as a share; 0.1 if not given, but 0.3 with demand."""
     demand: float = 0.0
     """How far training of experts follows what clients ask for: 0 is even, 1 as they ask."""
     profile: str = "uniform"
