@@ -49,7 +49,7 @@ SLOW = ("nesterov", "decay of kernels only", "schedule")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LINEAR])
 def test_optimizers(name):
     """Clients of 1 to 9 examples take 1 to 3 steps an epoch."""
-    assert_same(population(), client_optimizer=LINEAR[name], local_epochs=2 if name == "sgd" else 1)
+    assert_same(population(), client_optimizer=LINEAR[name], local_epochs=1)
 
 
 def test_loop_of_many_steps():
@@ -61,7 +61,7 @@ def test_options(options):
     assert_same(population(), **options)
 
 
-@pytest.mark.parametrize("cohort", [3, 8])
+@pytest.mark.parametrize("cohort", [pytest.param(3, marks=pytest.mark.slow), 8])
 def test_more_and_fewer_pairs_than_experts(cohort):
     assert_same(population(), cohort_size=cohort, aligner=small_round.aligner(max_slots=1))
 
@@ -70,7 +70,9 @@ def test_clients_with_fewer_slots_or_none():
     assert_same(population(memory_bytes=8000.0), aligner=small_round.aligner(max_slots=3))
 
 
-@pytest.mark.parametrize("moe", [dict(token_capacity=1.0), dict(activation="swiglu"), dict(shared_experts=1)], ids=str)
+@pytest.mark.parametrize(
+    "moe", [dict(token_capacity=1.0), dict(activation="swiglu"), pytest.param(dict(shared_experts=1), marks=pytest.mark.slow)], ids=str
+)
 def test_layers(moe):
     assert_same(population(), of=small_round.model(top_k=2, **moe), aligner=small_round.aligner(max_slots=3))
 

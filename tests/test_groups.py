@@ -171,7 +171,7 @@ def test_every_group_is_aligned_like_a_single_one_within_its_bounds():
             states[group] = learn_one(after, cohort, alone, parts)
         state = learn(state, cohort, aligned, back)
         for ours, *theirs in zip(*map(jax.tree.leaves, (state, *states)), strict=True):
-            np.testing.assert_allclose(ours, jnp.stack(theirs), rtol=1e-6)
+            np.testing.assert_allclose(ours, jnp.stack(theirs), rtol=1e-6, atol=1e-6)  # prices are sums of rounded numbers
 
 
 @pytest.mark.slow

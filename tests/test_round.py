@@ -100,7 +100,7 @@ def test_clients_without_slots_train_the_shared_part_only():
     assert info.clients == 5 and info.coverage == 0 and distance(state.shared, start.shared) > 0
 
 
-@pytest.mark.parametrize("router", ["shared", "personal"])
+@pytest.mark.parametrize("router", [pytest.param("shared", marks=pytest.mark.slow), "personal"])
 def test_chunks_change_nothing_but_rounding(router):
     data = population()
     options = dict(aligner=aligner("balanced"), router=router, router_prior=0.5, solo_examples=BATCH)
@@ -108,7 +108,9 @@ def test_chunks_change_nothing_but_rounding(router):
     close(whole, chunked, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["random", "greedy", "balanced"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("random", marks=pytest.mark.slow), pytest.param("greedy", marks=pytest.mark.slow), "balanced"]
+)
 def test_the_order_of_the_cohort_changes_nothing_but_rounding(name, monkeypatch):
     data, plain = population(), sampling.cohort
     options = dict(aligner=aligner(name), solo_examples=BATCH, router_prior=0.5)

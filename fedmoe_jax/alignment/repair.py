@@ -12,70 +12,79 @@ from jaxtyping import Array, Bool, Int
 from fedmoe_jax.alignment.flow import FAR, Plan, Problem, apply_if, excess, surplus
 
 _NEAR, _SHARE = 1024, 16  # a repair looks first among so many clients, or one in so many
-_PARTS = 8  # in so many steps the arcs of all experts are computed
+_ROWS = 8  # experts whose arcs are computed side by side
+_SLACK = 4  # times the cost of a change outside by which prices may change before the nearest are chosen anew
 _RELAXATIONS = 4  # between two looks whether there was any use in them
 
 
 def repair(problem: Problem, plan: Plan) -> Plan:
-    """Moves clients along shortest paths, for as long as the plan leaves experts with too many or too few.
+    """Moves clients along shortest paths until the plan leaves no expert with too many or too few.
 
-    While that is enough, along such as need only clients that nearly moved already.
+    It looks among the clients that nearly moved already first, and among all of them where that does not help.
     """
-    num_clients = problem.slots.shape[0]
-    nobody = jnp.zeros(problem.lower.shape, jnp.int32)
+    num_experts, num_clients = problem.value.shape
+    nobody = jnp.zeros(num_experts, jnp.int32)
     count = max(_NEAR, num_clients // _SHARE)
 
     def among_all(plan):
-        return _move(problem, plan, nobody, jnp.int32(FAR))[0]
+        return _move(problem, plan, nobody)[0]
 
-    def step(state):
-        plan, near = apply_if(state[1], lambda state: _among_near(problem, state[0], count), state)
-        return apply_if(~near, among_all, plan), near
+    def step(plan):
+        found = _among_near(problem, plan, count)
+        better = surplus(found) < surplus(plan)
+        found = jax.tree.map(lambda new, old: jnp.where(better, new, old), found, plan)
+        return apply_if(~better, among_all, found)
 
-    def unfinished(state):
-        return surplus(state[0]) > 0
-
-    if num_clients <= count:
-        return lax.while_loop(lambda plan: surplus(plan) > 0, among_all, plan)
-    return lax.while_loop(unfinished, step, (plan, jnp.bool_(True)))[0]
+    return lax.while_loop(lambda plan: surplus(plan) > 0, among_all if num_clients <= count else step, plan)
 
 
-def _among_near(problem: Problem, plan: Plan, count: int) -> tuple[Plan, Bool[Array, ""]]:
-    """Moves among the `count` clients nearest to a change, for as long as none of the others could cost less.
+def _among_near(problem: Problem, plan: Plan, count: int) -> Plan:
+    """Moves among the `count` clients nearest to a change; then all others take what is best for them at the new prices.
 
-    Returns whether there was a move.
+    It stops where prices have changed by several times what it would cost the others to change, as too many of them would.
     """
     worth = jnp.where(problem.allowed, problem.value - plan.prices[:, None], -FAR)
     least, best = jnp.where(plan.mask, worth, FAR).min(axis=0), jnp.where(plan.mask, -FAR, worth).max(axis=0)
     margins, near = lax.top_k(jnp.maximum(best - least, -FAR), count + 1)
-    near, limit = near[:-1], -margins[-1]
+    near, limit = near[:-1], _SLACK * jnp.minimum(-margins[-1], FAR // _SLACK)
     part = problem._replace(value=problem.value[:, near], allowed=problem.allowed[:, near], slots=problem.slots[near])
     mask = plan.mask[:, near]
     outside = plan.mask.sum(axis=1, dtype=jnp.int32) - mask.sum(axis=1, dtype=jnp.int32)
 
-    def step(state):
-        plan, limit, _, before = state
-        plan, reach, moved = _move(part, plan, outside, limit)
-        return plan, limit - reach, moved, before | moved  # prices changed by at most `reach`, and with them the others' costs
+    def useful(state):
+        found, moved = state
+        return moved & (surplus(found) > 0) & (jnp.abs(found.prices - plan.prices).max() <= limit)
 
-    start = plan._replace(mask=mask), limit, jnp.bool_(True), jnp.bool_(False)
-    found, _, _, moved = lax.while_loop(lambda state: state[2] & (surplus(state[0]) > 0), step, start)
-    return found._replace(mask=plan.mask.at[:, near].set(found.mask)), moved
+    found, _ = lax.while_loop(useful, lambda state: _move(part, state[0], outside), (plan._replace(mask=mask), jnp.bool_(True)))
+    mask = _settled(problem, plan.mask.at[:, near].set(found.mask), found.prices)
+    return Plan(mask, found.prices, excess(problem, found.prices, mask.sum(axis=1, dtype=jnp.int32))[1])
 
 
-def _move(
-    problem: Problem, plan: Plan, outside: Int[Array, " expert"], limit: Int[Array, ""]
-) -> tuple[Plan, Int[Array, ""], Bool[Array, ""]]:
+def _settled(problem: Problem, mask: Bool[Array, "expert client"], prices) -> Bool[Array, "expert client"]:
+    """The mask after each client exchanged what it holds for what it prefers at these prices."""
+    worth = jnp.where(problem.allowed, problem.value - prices[:, None], -FAR)
+    expert = jnp.arange(worth.shape[0])[:, None]
+
+    def exchange(state):
+        mask, _ = state
+        held, free = jnp.where(mask, worth, FAR), jnp.where(mask, -FAR, worth)
+        wrong = free.max(axis=0) > held.min(axis=0)
+        changed = wrong & ((expert == held.argmin(axis=0)) | (expert == free.argmax(axis=0)))
+        return mask ^ changed, wrong.any()
+
+    return lax.while_loop(lambda state: state[1], exchange, (mask, jnp.bool_(True)))[0]
+
+
+def _move(problem: Problem, plan: Plan, outside: Int[Array, " expert"]) -> tuple[Plan, Bool[Array, ""]]:
     """Moves clients along shortest paths that share nothing but one end, a node with too many clients or one with too few.
 
     Which of both is chosen so that there can be more paths.
 
     Args:
       outside: further clients of each expert, which stay.
-      limit: paths are at most so long; it is what moving a client outside costs at least.
 
     Returns:
-      The plan, the length of the longest path, and whether there is any.
+      The plan, and whether there is any such path.
     """
     num_experts, num_clients = problem.value.shape
     load = outside + plan.mask.sum(axis=1, dtype=jnp.int32)
@@ -92,7 +101,7 @@ def _move(
     moves = (parent[:-1] == before) & (before != node)  # the bank's own arcs move nobody
     loss = jnp.where(plan.mask[source] & ~plan.mask[target] & problem.allowed[target], worth[source] - worth[target], FAR)
     client = jnp.where(moves, loss.argmin(axis=1), num_clients + node)
-    end = _ends(jnp.where(distance <= limit, distance, FAR), parent, jnp.append(client, -1), needs)
+    end = _ends(distance, parent, jnp.append(client, -1), needs)
     longest = jnp.max(jnp.where(end, distance, 0))
     client = jnp.where(_ancestors(end, parent)[:-1], client, num_clients)
     mask = plan.mask.at[source, client].set(False, mode="drop").at[target, client].set(True, mode="drop")
@@ -100,14 +109,14 @@ def _move(
     change = jnp.where(back, reach[:-1] - reach[-1], reach[-1] - reach[:-1])
     prices = jnp.clip(plan.prices + change, -problem.fine, problem.fine)  # matters to experts that nobody holds only
     load = outside + mask.sum(axis=1, dtype=jnp.int32)
-    return Plan(mask, prices, excess(problem, prices, load)[1]), longest, end.any()
+    return Plan(mask, prices, excess(problem, prices, load)[1]), end.any()
 
 
 def _costs(problem: Problem, plan: Plan, load, worth) -> Int[Array, "node node"]:
     """Cost of each arc at the current prices, at least 0: between experts, to the bank and from it."""
     leave = jnp.where(plan.mask, worth, FAR)
     enter = jnp.where(plan.mask | ~problem.allowed, -FAR, worth).T  # so that the least over clients is one of vectors
-    swap = lax.map(lambda held: jnp.min(held[:, None] - enter, axis=0), leave, batch_size=-(-len(leave) // _PARTS))
+    swap = lax.map(lambda held: jnp.min(held[:, None] - enter, axis=0), leave, batch_size=_ROWS)
     taken, _ = excess(problem, plan.prices, load)
     fine = problem.fine
     to_bank = jnp.where(taken < problem.lower, -fine, jnp.where(taken < problem.upper, 0, fine)) - plan.prices
