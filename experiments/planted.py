@@ -1,6 +1,6 @@
 """Do aligners find hidden tasks? Clients of one task see the same permutation of the labels, which inputs do not reveal.
 
-    python experiments/planted.py --sizes 37 18 12 10 7 6 5 5 --rounds 150 --seeds 5 --out experiments/results/demand.json
+    python experiments/planted.py --sizes 37 18 12 10 7 6 5 5 --rounds 150 --seeds 48 --out experiments/results/demand.json
     python experiments/planted.py --out experiments/results/tasks.json
 
 One run for each aligner, router and seed; written are means over the seeds of: the share of experts that two clients of one

@@ -1,5 +1,7 @@
 """The dual engine gives what the primal one does, without a client's own copy of any kernel."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +98,29 @@ def test_transformer(tie_embeddings):
     small = dict(layers=2, features=8, heads=2, kv_heads=1, expert_hidden=6, tie_embeddings=tie_embeddings)
     net = models.create("transformer", input_shape=(8,), num_classes=11, num_experts=4, top_k=1, seed=0, per_layer=True, **small)
     assert_same(data, of=net, cohort_size=4, batch_size=2, solo_examples=2, aligner=alignment.random(num_experts=4, max_slots=2, groups=2))
+
+
+def test_several_runs_side_by_side():
+    """Under vmap over runs the weights that all clients share have an axis more."""
+    data, alg = population(), algorithm(engine="dual")
+    states = [alg.init(jax.random.key(seed), data) for seed in range(2)]
+    states[1] = dataclasses.replace(states[1], shared=jax.tree.map(lambda w: 1.1 * w, states[1].shared))
+    together, _ = jax.vmap(alg.step, (0, None))(jax.tree.map(lambda *rows: jnp.stack(rows), *states), data)
+    for run_, state in enumerate(states):
+        alone, _ = alg.step(state, data)
+        mine = jax.tree.map(lambda rows, run_=run_: rows[run_], weights(together))
+        assert distance(mine, weights(alone)) <= 1e-5 * distance(weights(alone), weights(state))
+
+
+def test_bfloat16():
+    """As near as the primal engine to a round in float32."""
+    half, full = (small_round.model(top_k=2, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    exact, _ = run(algorithm(of=full, engine="primal"), population())
+    errors = {}
+    for engine in ("primal", "dual"):
+        state, _ = run(algorithm(of=half, engine=engine), population())
+        errors[engine] = distance(weights(state), weights(exact))
+    assert 0 < errors["dual"] <= 2 * errors["primal"]
 
 
 def test_a_client_with_broken_data_is_left_out():
