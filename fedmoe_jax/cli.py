@@ -35,6 +35,8 @@ class TrainOptions:
     """Folder for a JAX profile."""
     tensorboard: str | None = None
     """Folder for TensorBoard event files."""
+    explain: bool = False
+    """Print how local training would treat each weight, and why, instead of training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(words: list[str]) -> None:
     resumed = "--resume" in words and _stored(words)
     config, options = parse(TrainConfig, words, "fedmoe train", default=resumed or None, options=TrainOptions)
+    if options.explain:
+        from fedmoe_jax.training.explain import explain
+
+        print(explain(config))
+        return
     from fedmoe_jax.training.tensorboard import scalars
     from fedmoe_jax.training.trainer import train
 

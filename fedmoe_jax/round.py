@@ -42,10 +42,14 @@ class State:
 
 
 class Algorithm(NamedTuple):
-    """init(key, population) -> State; step(state, population) -> (State, Info), one round, jit-compiled."""
+    """init(key, population) -> State; step(state, population) -> (State, Info), one round, jit-compiled.
+
+    plan(population) tells how local training treats each weight, and why.
+    """
 
     init: Callable[[Key[Array, ""], Population], State]
     step: Callable[[State, Population], tuple[State, Info]]
+    plan: Callable[[Population], tuple[plan.Choice, ...]]
 
 
 def federated_moe(
@@ -103,10 +107,11 @@ def federated_moe(
     aggregator = aggregation.mean() if aggregator is None else aggregator
     conditions = steady() if conditions is None else conditions
     limit = jnp.inf if deadline is None else deadline
+    used, refused = _engine(engine, client_optimizer, aggregator, parts)
     trainer = Trainer(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, prox, router == "personal",
         batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
-        aligner.max_slots, _engine(engine, client_optimizer, aggregator, parts),
+        aligner.max_slots, used,
     )  # fmt: skip
 
     def init(key: Key[Array, ""], population: Population) -> State:
@@ -156,7 +161,10 @@ def federated_moe(
         facts = dict(tokens=tokens, total=total, staleness=state.round - last, dropped=dropped)
         return new, summarize(cohort, trainees, alignment, cost, traffic, jnp.minimum(taken, limit), summary, **facts)
 
-    return Algorithm(init, step)
+    def explain(population: Population) -> tuple[plan.Choice, ...]:
+        return tuple(choice._replace(reason=refused or choice.reason) for choice in trainer.plan(population))
+
+    return Algorithm(init, step, explain)
 
 
 def rounds(step: Callable[[State, Population], tuple[State, Info]], most: int) -> Callable[..., tuple[State, Info]]:
@@ -235,18 +243,18 @@ def _serve(server_optimizer, state, delta, tokens, examples):
     return (experts, jax.tree.map(lambda new, value: jnp.where(examples > 0, new, value), shared, state.shared)), optimizer
 
 
-def _engine(engine: str, client_optimizer: Any, aggregator: Aggregator, parts: Any) -> str:
-    """The engine to use: primal where the dual one cannot serve the optimizer or the aggregator."""
+def _engine(engine: str, client_optimizer: Any, aggregator: Aggregator, parts: Any) -> tuple[str, str | None]:
+    """The engine to use, primal where the dual one cannot serve the optimizer or the aggregator, and then why it cannot."""
     if engine not in ("auto", "primal", "dual"):
         raise ValueError(f"engine is {engine!r}, it must be 'auto', 'primal' or 'dual'")
     reason = None
-    if aggregator.needs != "sum":
+    if engine != "primal" and aggregator.needs != "sum":
         reason = f"the aggregator needs {aggregator.needs} of each client"
     elif engine != "primal" and not plan.is_linear(client_optimizer, (parts.experts, parts.shared)):
         reason = "client_optimizer is not linear in the gradient of each weight"
     if engine == "dual" and reason:
         raise ValueError(f"engine is 'dual', but {reason}: use 'auto' or 'primal'")
-    return "primal" if reason else engine
+    return ("primal" if reason else engine), reason
 
 
 def _checked(

@@ -37,7 +37,7 @@ def chunk_size(cost: RoundCost, *, cohort_size: int, max_slots: int, probes: int
 
 class Choice(NamedTuple):
     """Why a weight is trained as it is: predicted cost of a client's local training in both engines, in FLOPs, bytes of
-    traffic counted as so many FLOPs each. `use` is None where it stays primal."""
+    traffic counted as so many FLOPs each. `use` is None where it stays primal; costs are 0 where nothing was predicted."""
 
     name: str
     use: Use | None

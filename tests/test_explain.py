@@ -1,0 +1,41 @@
+"""The plan of local training in words: `fedmoe train --explain` and `algorithm.plan`."""
+
+import pytest
+from test_cli import TINY
+
+from fedmoe_jax import cli
+
+
+def explained(capsys, tmp_path, monkeypatch, *flags):
+    """Engine and reason of each weight."""
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert cli.main(["train", "--explain", *TINY, *flags]) == 0
+    first, head, *rows = capsys.readouterr().out.splitlines()
+    assert not list(tmp_path.iterdir()) and "5 of 5 clients" in first
+    weight, engine, why = (
+        slice(head.index(a), head.index(b) if b else None) for a, b in [("weight", "engine"), ("engine", "primal"), ("why", "")]
+    )
+    return {row[weight].strip(): (row[engine].strip(), row[why].strip()) for row in rows}
+
+
+def test_every_weight_is_explained(capsys, tmp_path, monkeypatch):
+    found = explained(capsys, tmp_path, monkeypatch, "--engine", "dual")
+    kernels = {name: row for name, row in found.items() if row[0] == "dual"}
+    assert len(kernels) >= 3 and {why for _, why in kernels.values()} == {"asked for"}
+    assert {why for engine, why in found.values() if engine == "primal"} == {"not a factor of one product"}
+    assert {name.split()[0] for name in found} == {"experts", "shared"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"), [(["--engine", "auto", "--client_optimizer", "adam"], "not linear"), (["--engine", "primal"], "asked for")]
+)
+def test_why_the_primal_engine_trains(flags, why, capsys, tmp_path, monkeypatch):
+    found = explained(capsys, tmp_path, monkeypatch, *flags)
+    assert {engine for engine, _ in found.values()} == {"primal"} and any(why in reason for _, reason in found.values())
+
+
+def test_auto_says_what_costs_less(capsys, tmp_path, monkeypatch):
+    found = explained(capsys, tmp_path, monkeypatch, "--engine", "auto")
+    reasons = {("dual", "costs less"), ("primal", "would cost more in the dual engine"), ("primal", "not a factor of one product")}
+    assert set(found.values()) <= reasons
