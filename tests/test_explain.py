@@ -5,6 +5,8 @@ from test_cli import TINY
 
 from fedmoe_jax import cli
 
+NO_FACTOR = "not a factor of one product, or only in a transformation"
+
 
 def explained(capsys, tmp_path, monkeypatch, *flags):
     """Engine and reason of each weight."""
@@ -23,7 +25,7 @@ def test_every_weight_is_explained(capsys, tmp_path, monkeypatch):
     found = explained(capsys, tmp_path, monkeypatch, "--engine", "dual")
     kernels = {name: row for name, row in found.items() if row[0] == "dual"}
     assert len(kernels) >= 3 and {why for _, why in kernels.values()} == {"asked for"}
-    assert {why for engine, why in found.values() if engine == "primal"} == {"not a factor of one product"}
+    assert {why for engine, why in found.values() if engine == "primal"} == {NO_FACTOR}
     assert {name.split()[0] for name in found} == {"experts", "shared"}
 
 
@@ -36,6 +38,8 @@ def test_why_the_primal_engine_trains(flags, why, capsys, tmp_path, monkeypatch)
 
 
 def test_auto_says_what_costs_less(capsys, tmp_path, monkeypatch):
-    found = explained(capsys, tmp_path, monkeypatch, "--engine", "auto")
-    reasons = {("dual", "costs less"), ("primal", "would cost more in the dual engine"), ("primal", "not a factor of one product")}
-    assert set(found.values()) <= reasons
+    wide = ["--engine", "auto", "--model_options", "hidden=128", "expert_hidden=128"]
+    reasons = {("dual", "costs less"), ("primal", "would cost more in the dual engine"), ("primal", NO_FACTOR)}
+    assert set(explained(capsys, tmp_path, monkeypatch, *wide).values()) == reasons
+    many = explained(capsys, tmp_path, monkeypatch, *wide, "--local_steps", "9")
+    assert {engine for engine, _ in many.values()} == {"primal"}

@@ -166,6 +166,13 @@ def test_nothing_trained_is_even():
     assert load.gini(jnp.zeros(4)) == 0 and load.normalized_entropy(jnp.zeros(4)) == 1
 
 
+@pytest.mark.parametrize(("demand", "wanted"), [(0.0, (9, 11)), (1.0, (7, 13))])
+def test_tolerance_is_wider_where_bounds_follow_demand(demand, wanted):
+    lower, upper = load.monitor(demand=demand).bounds(load.monitor().init(EXPERTS), jnp.full(10 * EXPERTS, 1), NOTHING)
+    np.testing.assert_array_equal(lower, wanted[0])
+    np.testing.assert_array_equal(upper, wanted[1])
+
+
 @pytest.mark.parametrize(("name", "value"), [("decay", 1.1), ("decay", -0.1), ("demand", 1.5), ("tolerance", -1.0), ("gain", float("nan"))])
 def test_bad_arguments_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}, it must be"):

@@ -33,7 +33,7 @@ def repair(problem: Problem, plan: Plan) -> Plan:
         found = _among_near(problem, plan, count)
         better = surplus(found) < surplus(plan)
         found = jax.tree.map(lambda new, old: jnp.where(better, new, old), found, plan)
-        return apply_if(~better, among_all, found)
+        return apply_if(~better & (surplus(plan) > 0), among_all, found)
 
     return lax.while_loop(lambda plan: surplus(plan) > 0, among_all if num_clients <= count else step, plan)
 

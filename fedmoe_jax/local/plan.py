@@ -46,6 +46,8 @@ class Choice(NamedTuple):
     reason: str
 
 
+_TRIALS = 16  # steps in which an optimizer must act linearly; some begin to adapt after a few
+
 BALANCE = {"cpu": 8.0, "gpu": 100.0, "tpu": 100.0}
 """FLOPs that take about as long as a byte of memory traffic; a setting, not a measurement."""
 
@@ -65,12 +67,12 @@ def engines(parts: Partition, loss_fn: LossFn, batch: Batch, *, slots: int, step
     choices = []
     for name, leaf, use in zip(names, leaves, found, strict=True):
         if use is None:
-            choices.append(Choice(name, None, 0.0, 0.0, "not a factor of one product"))
+            choices.append(Choice(name, None, 0.0, 0.0, "not a factor of one product, or only in a transformation"))
             continue
         primal, dual = _cost(use, leaf.shape[-2:], slots if leaf.ndim == 3 else 1, steps, balance)
-        cheaper = dual < primal and steps <= UNROLLED
-        better = engine == "dual" or (engine == "auto" and cheaper)
+        better = engine == "dual" or (engine == "auto" and dual < primal and steps <= UNROLLED)
         reason = "asked for" if engine != "auto" else "costs less" if better else "would cost more in the dual engine"
+        reason = f"more than {UNROLLED} steps" if engine == "auto" and dual < primal and not better else reason
         choices.append(Choice(name, use if better else None, primal, dual, reason))
     return tuple(choices)
 
@@ -78,8 +80,9 @@ def engines(parts: Partition, loss_fn: LossFn, batch: Batch, *, slots: int, step
 def is_linear(optimizer: optax.GradientTransformation | Callable[[Array], optax.GradientTransformation], weights: Any) -> bool:
     """Whether an optimizer acts on each entry alone and linearly, so that the dual engine can run it on coefficients.
 
-    Tried on small arrays in the structure of `weights`: three steps from gradients of several sizes, and the same from their
+    Tried on small arrays in the structure of `weights`: steps from gradients of several sizes, and the same from their
     coefficients. An optimizer that is a function of the round is tried in some rounds; what never moves is not taken for linear.
+    A mask may look at the paths and numbers of axes of weights, but not at their sizes, which here are others.
     """
 
     def trial(round, size):
@@ -96,24 +99,27 @@ def is_linear(optimizer: optax.GradientTransformation | Callable[[Array], optax.
 
 
 def _trial(optimizer: optax.GradientTransformation, weights: Any, size: Array) -> tuple[Array, Array]:
-    """The largest change of a weight in three steps from gradients of a size, and how far off the prediction is."""
+    """The largest change of a weight in some steps from gradients of a size, and how far off the prediction is."""
     leaves, treedef = jax.tree.flatten(weights)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    basis = [jax.random.normal(key, (4, *(2,) * leaf.ndim)) for key, leaf in zip(keys, leaves, strict=True)]  # W_0, three gradients
+    basis = [jax.random.normal(key, (_TRIALS + 1, *(2,) * leaf.ndim)) for key, leaf in zip(keys, leaves, strict=True)]  # W_0, gradients
     basis = [row.at[1:].multiply(size) for row in basis]
-    units = [jnp.eye(4).reshape(4, 4, *(1,) * max(leaf.ndim - 1, 0)) for leaf in leaves]
+    units = [jnp.eye(_TRIALS + 1).reshape(_TRIALS + 1, -1, *(1,) * max(leaf.ndim - 1, 0)) for leaf in leaves]
 
     def run(rows):
         start = current = [row[0] for row in rows]
         state = optimizer.init(jax.tree.unflatten(treedef, current))
-        for step in range(1, 4):
+        for step in range(1, _TRIALS + 1):
             gradients = jax.tree.unflatten(treedef, [row[step] for row in rows])
             updates, state = optimizer.update(gradients, state, jax.tree.unflatten(treedef, current))
             current = jax.tree.leaves(optax.apply_updates(jax.tree.unflatten(treedef, current), updates))
         return [new - old for new, old in zip(current, start, strict=True)]
 
     changes = run(basis)
-    predicted = [jnp.tensordot(change.reshape(-1), row, 1) for change, row in zip(run(units), basis, strict=True)]
+    predicted = [
+        jnp.tensordot(change.reshape(-1), row, 1, precision=jax.lax.Precision.HIGHEST)
+        for change, row in zip(run(units), basis, strict=True)
+    ]
     most = jnp.stack([jnp.abs(change).max() for change in changes]).max()
     return most, jnp.stack([jnp.abs(a - b).max() for a, b in zip(changes, predicted, strict=True)]).max()
 
