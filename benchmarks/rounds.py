@@ -36,13 +36,13 @@ def population(clients, pool=600_000):
     return fm.Population(few.x, few.y, order, offsets.astype(jnp.int32), profile, EXAMPLES)
 
 
-def algorithm(experts, cohort, slots=4, aligner="balanced", hidden=128):
+def algorithm(experts, cohort, slots=4, hidden=128):
     model = fm.models.create(
         "mlp", input_shape=(FEATURES,), num_classes=CLASSES, num_experts=experts, top_k=1, seed=0, hidden=hidden, expert_hidden=hidden
     )
     return fm.federated_moe(
         model, fm.models.losses.cross_entropy, client_optimizer=optax.sgd(0.05), server_optimizer=optax.sgd(1.0),
-        aligner=getattr(fm.alignment, aligner)(num_experts=experts, max_slots=slots), cohort_size=cohort, batch_size=20, local_epochs=1,
+        aligner=fm.alignment.balanced(num_experts=experts, max_slots=slots), cohort_size=cohort, batch_size=20, local_epochs=1,
     )  # fmt: skip
 
 

@@ -117,18 +117,8 @@ def federated_moe(
     def init(key: Key[Array, ""], population: Population) -> State:
         if cohort_size > population.num_clients:
             raise ValueError(f"cohort_size is {cohort_size}, it must be at most the population, {population.num_clients}")
-        personal = None
-        if router == "personal":
-            personal = router_rows(parts.experts, population.num_clients, personal_budget_bytes)
-        weights = jax.tree.map(jnp.copy, (parts.experts, parts.shared))
-        never = jnp.full(experts, -1, jnp.int32)
-        learnt = jax.tree.map(jnp.copy, aligner.init(population.num_clients))  # arrays that occur twice cannot be donated
-        places = len(groups(parts.experts)) * (aligner.max_slots + aligner.probes)
-        pace, nothing = jnp.ones(population.num_clients), cache.empty(population.num_clients, places)
-        optimizer = server_optimizer.init(weights)
-        return State(
-            jnp.copy(key), jnp.int32(0), weights[0], weights[1], personal, optimizer, learnt, jnp.zeros(experts), never, pace, nothing
-        )
+        personal = router_rows(parts.experts, population.num_clients, personal_budget_bytes) if router == "personal" else None
+        return _start(key, population.num_clients, parts, personal, server_optimizer, aligner)
 
     @jax.jit
     def step(state: State, population: Population) -> tuple[State, Info]:
@@ -165,6 +155,19 @@ def federated_moe(
         return tuple(choice._replace(reason=refused or choice.reason) for choice in trainer.plan(population))
 
     return Algorithm(init, step, explain)
+
+
+def _start(key, clients, parts, personal, server_optimizer, aligner) -> State:
+    """The state before the first round. Arrays are copied, since one that occurs twice cannot be donated."""
+    weights = jax.tree.map(jnp.copy, (parts.experts, parts.shared))
+    number = len(groups(parts.experts))
+    experts, places = number * num_experts(parts.experts), number * (aligner.max_slots + aligner.probes)
+    learnt = jax.tree.map(jnp.copy, aligner.init(clients))
+    return State(
+        key=jnp.copy(key), round=jnp.int32(0), experts=weights[0], shared=weights[1], personal=personal,
+        optimizer=server_optimizer.init(weights), aligner=learnt, tokens=jnp.zeros(experts), last_trained=jnp.full(experts, -1, jnp.int32),
+        pace=jnp.ones(clients), cache=cache.empty(clients, places),
+    )  # fmt: skip
 
 
 def rounds(step: Callable[[State, Population], tuple[State, Info]], most: int) -> Callable[..., tuple[State, Info]]:

@@ -58,7 +58,7 @@ def test_loop_of_many_steps():
     assert_same(population(), client_optimizer=LINEAR["momentum"], local_steps=11)
 
 
-@pytest.mark.parametrize("options", [dict(prox=0.5, chunk_size=2), dict(solo_examples=4, router="personal")], ids=str)
+@pytest.mark.parametrize("options", [dict(prox=0.5, chunk_size=2), dict(solo_examples=4, router="personal", router_prior=2.0)], ids=str)
 def test_options(options):
     assert_same(population(), **options)
 
@@ -171,6 +171,12 @@ def test_an_optimizer_that_is_not_linear_is_refused_or_left_to_the_primal_engine
     wide = small_round.model(hidden=64, expert_hidden=96)
     assert sum(choice.use is not None for choice in algorithm(of=wide, engine="auto").plan(population())) >= 2
     assert not any(choice.use for choice in algorithm(of=wide, engine="auto", client_optimizer=OTHERS["adam"]).plan(population()))
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_optimizers_are_recognised(name):
+    parts = partition(small_round.model())
+    assert plan.is_linear(LINEAR[name], (parts.experts, parts.shared))
 
 
 def test_sgd_that_warms_up_is_linear():

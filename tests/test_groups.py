@@ -170,8 +170,9 @@ def test_every_group_is_aligned_like_a_single_one_within_its_bounds():
             parts = Feedback(back.examples, tokens[:, mine], noise[:, mine], noise[:, mine], solo)
             states[group] = learn_one(after, cohort, alone, parts)
         state = learn(state, cohort, aligned, back)
-        for ours, *theirs in zip(*map(jax.tree.leaves, (state, *states)), strict=True):
-            np.testing.assert_allclose(ours, jnp.stack(theirs), rtol=1e-6, atol=1e-6)  # prices are sums of rounded numbers
+        np.testing.assert_allclose(state.prices, jnp.stack([one.prices for one in states]), atol=1e-6)  # not unique to the last bit
+        for ours, *theirs in zip(*(jax.tree.leaves((one.fitness, one.load)) for one in (state, *states)), strict=True):
+            np.testing.assert_allclose(ours, jnp.stack(theirs), rtol=1e-6)
 
 
 @pytest.mark.slow

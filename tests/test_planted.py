@@ -20,18 +20,17 @@ def test_clients_of_one_hidden_task_share_experts(planted):
 @pytest.mark.slow
 @pytest.mark.parametrize("router", ["personal", "fitness prior"])
 def test_bounds_that_follow_demand_serve_small_tasks_no_worse_than_greedy(planted, router):
-    """By no more than chance: two standard errors of the difference on the same 12 seeds. Even bounds do serve them worse."""
+    """Means of 12 seeds. Even bounds do serve them worse, by more than chance."""
     options = dict(rounds=150, seeds=range(12), **planted.ROUTERS[router])
     sizes = [37, 18, 12, 10, 7, 6, 5, 5]
     greedy, even, ours = (
         planted.runs(planted.ALIGNERS[name](), sizes, **options) for name in ("greedy", "balanced, demand 0.0", "balanced, demand 0.75")
     )
-    gain, loss = planted.against(ours, greedy), planted.against(even, greedy)
-    for metric in ("client_accuracy_mean", "client_accuracy_p10"):
-        assert gain[f"{metric}_gain"] >= -2 * gain[f"{metric}_gain_error"]
-    assert gain["client_accuracy_mean_gain"] >= -0.025
+    loss = planted.against(even, greedy)
     assert loss["client_accuracy_mean_gain"] < -2 * loss["client_accuracy_mean_gain_error"]
     assert ours["least_trained"].mean() >= 0.25
+    for metric in ("client_accuracy_mean", "client_accuracy_p10"):
+        assert ours[metric].mean() >= greedy[metric].mean()
 
 
 def test_solo_evaluation_costs_at_most_a_quarter_of_a_round_at_the_defaults():
