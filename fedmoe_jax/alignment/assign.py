@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from fedmoe_jax.alignment import flow, transport
 
-_TIES = 2.0**-15  # times the root of up to 4,096 clients: the share of the mean absolute deviation within which ties are broken
+_TIES = 2.0**-15  # times the root of up to 4,096 clients: the share of the standard deviation within which ties are broken
 _TINY = 1e-6
 _HUGE = 1e37  # differences of so large a fitness are still finite
 
@@ -100,7 +100,7 @@ def balanced(
     A transportation problem, solved on device to its optimum by Newton's method on a smoothed dual and shortest paths
     (`transport`, [1]). Bounds that cannot be met are broken as little as possible in total, and then fitness is maximised.
 
-    Fitness is compared to within 2**-9 of its mean absolute deviation (less for under 4,096 clients), or 2**-22 of its range
+    Fitness is compared to within 2**-9 of its standard deviation (less for under 4,096 clients), or 2**-22 of its range
     if that is more; where bounds must be broken, to within num_experts 2**-25 of its range. Ties within that are broken at
     random. Under jit, negative slots count as 0 and an upper below lower counts as lower.
 
@@ -143,7 +143,7 @@ def _balanced(fitness, slots, lower, upper, key, prices, return_info):
     tied = ~(spread > 0)
     steps = flow.STEPS
     relative = jnp.where(allowed & ~tied, (fitness - least) / jnp.where(tied, 1.0, spread), 0.0)
-    deviation = jnp.mean(jnp.abs(relative - jnp.mean(relative, where=allowed)), where=allowed)
+    deviation = jnp.std(relative, where=allowed)
     share = _TIES * math.sqrt(min(fitness.shape[0], 4096))  # what breaking ties costs averages out over many clients
     ties = jnp.where(tied, steps, jnp.clip(share * deviation * steps, 2.0, steps))  # equal fitness leaves all to chance
     unit = jnp.where(tied, _TINY * jnp.maximum(jnp.abs(least), _TINY), spread) / steps

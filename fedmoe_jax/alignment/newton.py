@@ -10,10 +10,13 @@ from jaxtyping import Array, Float, Int
 from fedmoe_jax.alignment import flow
 from fedmoe_jax.alignment.flow import Problem
 
-_UNITS = 1 << 18  # of an integer to a value of 1
+Dual = tuple[Float[Array, " expert"], Float[Array, " client"]]
+
 _SHRINK = 10.0**-0.5
-_SMOOTHING = tuple(0.1 * _SHRINK**level for level in range(11))  # relative to the range of values
+_COARSE = tuple(0.1 * _SHRINK**level for level in range(9))  # smoothings, relative to the range of values
+_FINE = tuple(0.1 * _SHRINK**level for level in range(9, 13))
 _PARTLY = 8.0  # smoothings: below such a price an expert is not quite full, to within a client in 3,000
+_FARTHEST = 8.0  # price or threshold, relative to the range of values
 _NEWTON_STEPS = 10  # at most, for each smoothing
 
 
@@ -22,22 +25,39 @@ def prices(problem: Problem, start: Int[Array, " expert"]) -> Int[Array, " exper
 
     A client holds sigmoid((value - price - threshold) / smoothing) of an expert, its threshold being such that it fills
     its slots; an expert has lower + (upper - lower) sigmoid(price / smoothing) clients. Newton's method solves for
-    prices and thresholds, eliminating the thresholds, while the smoothing shrinks.
+    prices and thresholds, eliminating the thresholds, while the smoothing shrinks. Floats hold only what is left of them
+    beside integers, so that the last smoothings are not lost in rounding.
     """
-    value = jnp.where(problem.allowed, problem.value / problem.steps, -1e3)
+    start = jnp.clip(start, -problem.steps, problem.steps)
+    worth = jnp.where(problem.allowed, problem.value - start[:, None], -flow.FAR)
+    least = jnp.where(problem.slots > 0, flow.least(worth, problem.slots), worth.max(axis=0))
+    whole = start, jnp.maximum(least, -4 * problem.steps)
+    now = jnp.zeros(start.shape), jnp.where(problem.slots > 0, -0.5, 1.0) * _COARSE[0]
+    before = now
+    for smoothings in (_COARSE, _FINE):
+        now, before = _anneal(problem, whole, now, before, smoothings)
+        rounded = jax.tree.map(lambda x: jnp.round(jnp.clip(x, -_FARTHEST, _FARTHEST) * problem.steps).astype(jnp.int32), now)
+        whole = jax.tree.map(jnp.add, whole, rounded)
+        now, before = (jax.tree.map(lambda x, n: x - n / problem.steps, part, rounded) for part in (now, before))
+    free = (problem.lower < problem.upper) & (jnp.abs(whole[0]) < _PARTLY * _FINE[-1] * problem.steps)
+    return jnp.where(free, 0, whole[0])
+
+
+def _anneal(problem: Problem, whole, now, before, smoothings) -> tuple[Dual, Dual]:
+    """Prices and thresholds beside `whole` after the last smoothing, and after the one before it.
+
+    Args:
+      whole: integer parts, which stay.
+      now, before: the rest of them, relative to the range of values, after the last two smoothings so far.
+    """
     slots, lower, room = (x.astype(jnp.float32) for x in (problem.slots, problem.lower, problem.upper - problem.lower))
-    prices = _anneal(value, slots, lower, room, jnp.clip(start / problem.steps, -1.0, 1.0))
-    free = (problem.lower < problem.upper) & (jnp.abs(prices) < _PARTLY * _SMOOTHING[-1])
-    return jnp.round(jnp.where(free, 0.0, prices) * problem.steps).astype(jnp.int32)
-
-
-def _anneal(value, slots, lower, room, prices) -> Float[Array, " expert"]:
-    """Newton's method for one smoothing after the other, from prices near those of the first."""
+    value = jnp.where(problem.allowed, (problem.value - whole[0][:, None] - whole[1]) / problem.steps, -1e3)
+    base = whole[0] / problem.steps
 
     def step(smoothing, state):
         prices, thresholds, _, count = state
         hold = jax.nn.sigmoid((value - prices[:, None] - thresholds) / smoothing)
-        full = jax.nn.sigmoid(prices / smoothing)
+        full = jax.nn.sigmoid((base + prices) / smoothing)
         row, column = hold.sum(axis=0) - slots, hold.sum(axis=1) - lower - room * full
         slope = hold * (1.0 - hold)
         steepness = slope.sum(axis=0) + 1e-3
@@ -55,14 +75,10 @@ def _anneal(value, slots, lower, room, prices) -> Float[Array, " expert"]:
         return (worst > tolerance) & (count < _NEWTON_STEPS)
 
     def level(carry, smoothing):
-        last, before = carry
-        ahead = jax.tree.map(lambda now, then: now + _SHRINK * (now - then), last, before)  # the solution is smooth in the smoothing
+        now, before = carry
+        ahead = jax.tree.map(lambda now, before: now + _SHRINK * (now - before), now, before)  # it is smooth in the smoothing
         new = lax.while_loop(unsettled, functools.partial(step, smoothing), (*ahead, jnp.inf, 0))[:2]
-        return (new, last), None
+        return (new, now), None
 
     tolerance = jnp.maximum(0.01 * slots.sum() / value.shape[0], 0.5)  # clients that an expert may be off
-    worth = value - prices[:, None]
-    least = flow.least((worth * _UNITS).astype(jnp.int32), slots.astype(jnp.int32)) / _UNITS
-    start = prices, jnp.where(slots > 0, least - 0.5 * _SMOOTHING[0], worth.max(axis=0) + _SMOOTHING[0])
-    ((prices, _), _), _ = lax.scan(level, (start, start), jnp.array(_SMOOTHING, jnp.float32))
-    return prices
+    return lax.scan(level, (now, before), jnp.array(smoothings, jnp.float32))[0]
