@@ -152,6 +152,18 @@ def test_a_warm_start_does_not_change_the_quality():
         assert abs(value(again, fitness) - value(mask, fitness)) < 1e-3 and int(info.violation) == 0
 
 
+def test_differences_within_the_resolution_are_left_to_chance():
+    fitness = jnp.array(np.random.default_rng(0).random((200, 8)), jnp.float32).at[0, 0].set(-30.0)
+    slots, bound = jnp.full(200, 2), jnp.full(8, 50)
+    exact, coarse = (
+        [assign.balanced(fitness, slots, bound, bound, key=jax.random.key(seed), resolution=share) for seed in range(2)]
+        for share in (0.0, 2.0**-8)
+    )
+    assert (exact[0] != exact[1]).sum() < 20 < (coarse[0] != coarse[1]).sum()
+    total = [float(jnp.where(mask, fitness, 0.0).sum()) for mask in (exact[0], *coarse)]
+    assert all(abs(total[0] - other) <= 2.0**-8 * 31 * 400 for other in total[1:]) and total[0] > max(total[1:])
+
+
 def test_bad_bounds_stay_finite_inside_jit():
     fitness, slots, lower, upper = problem(4)
     mask, info = jax.jit(lambda *a: assign.balanced(*a, return_info=True))(fitness, slots - 2, upper + 3, lower - 4)
@@ -216,6 +228,8 @@ def test_bad_arguments_are_refused():
         balanced(fitness, slots, lower[1:], upper)
     with pytest.raises(ValueError, match="lower is above upper for expert 2"):
         assign.balanced(fitness, slots, lower.at[2].set(99), upper)
+    with pytest.raises(ValueError, match=r"resolution is 1\.5, it must be 0 to 1"):
+        assign.balanced(fitness, slots, lower, upper, resolution=1.5)
     for call in (
         lambda s: assign.balanced(fitness, s, lower, upper),
         lambda s: assign.greedy(fitness, s),

@@ -5,18 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from fedmoe_jax.alignment import flow
 from fedmoe_jax.alignment.flow import Problem
 
-Dual = tuple[Float[Array, " expert"], Float[Array, " client"]]
-
 _SHRINK = 10.0**-0.5
-_COARSE = tuple(0.1 * _SHRINK**level for level in range(9))  # smoothings, relative to the range of values
-_FINE = tuple(0.1 * _SHRINK**level for level in range(9, 13))
+_SMOOTHING = tuple(0.1 * _SHRINK**level for level in range(13))  # relative to the range of values
 _PARTLY = 8.0  # smoothings: below such a price an expert is not quite full, to within a client in 3,000
-_FARTHEST = 8.0  # price or threshold, relative to the range of values
 _NEWTON_STEPS = 10  # at most, for each smoothing
 
 
@@ -29,34 +25,30 @@ def prices(problem: Problem, start: Int[Array, " expert"]) -> Int[Array, " exper
     beside integers, so that the last smoothings are not lost in rounding.
     """
     start = jnp.clip(start, -problem.steps, problem.steps)
-    worth = jnp.where(problem.allowed, problem.value - start[:, None], -flow.FAR)
+    value = jnp.where(problem.allowed, problem.value, -flow.FAR)
+    worth = value - start[:, None]
     least = jnp.where(problem.slots > 0, flow.least(worth, problem.slots), worth.max(axis=0))
-    whole = start, jnp.maximum(least, -4 * problem.steps)
-    now = jnp.zeros(start.shape), jnp.where(problem.slots > 0, -0.5, 1.0) * _COARSE[0]
-    before = now
-    for smoothings in (_COARSE, _FINE):
-        now, before = _anneal(problem, whole, now, before, smoothings)
-        rounded = jax.tree.map(lambda x: jnp.round(jnp.clip(x, -_FARTHEST, _FARTHEST) * problem.steps).astype(jnp.int32), now)
-        whole = jax.tree.map(jnp.add, whole, rounded)
-        now, before = (jax.tree.map(lambda x, n: x - n / problem.steps, part, rounded) for part in (now, before))
-    free = (problem.lower < problem.upper) & (jnp.abs(whole[0]) < _PARTLY * _FINE[-1] * problem.steps)
+    thresholds = jnp.maximum(least, -4 * problem.steps)  # nothing is allowed: as good as never
+    ahead = jnp.zeros(start.shape), jnp.where(problem.slots > 0, -0.5, 1.0) * _SMOOTHING[0]
+    level = functools.partial(_level, problem, value)
+    (whole, _, _), _ = lax.scan(level, ((start, thresholds), ahead, ahead), jnp.array(_SMOOTHING, jnp.float32))
+    free = (problem.lower < problem.upper) & (jnp.abs(whole[0]) < _PARTLY * _SMOOTHING[-1] * problem.steps)
     return jnp.where(free, 0, whole[0])
 
 
-def _anneal(problem: Problem, whole, now, before, smoothings) -> tuple[Dual, Dual]:
-    """Prices and thresholds beside `whole` after the last smoothing, and after the one before it.
+def _level(problem: Problem, value: Int[Array, "expert client"], carry, smoothing):
+    """Newton's method for one smoothing, from where the last two point to.
 
-    Args:
-      whole: integer parts, which stay.
-      now, before: the rest of them, relative to the range of values, after the last two smoothings so far.
+    The carry holds prices and thresholds: integer parts, and what is left beside them, in units of the range of values,
+    after the last smoothing and after the one before it.
     """
+    whole, now, before = carry
     slots, lower, room = (x.astype(jnp.float32) for x in (problem.slots, problem.lower, problem.upper - problem.lower))
-    value = jnp.where(problem.allowed, (problem.value - whole[0][:, None] - whole[1]) / problem.steps, -1e3)
-    base = whole[0] / problem.steps
+    worth, base = (value - whole[0][:, None] - whole[1]) / problem.steps, whole[0] / problem.steps
 
-    def step(smoothing, state):
+    def step(state):
         prices, thresholds, _, count = state
-        hold = jax.nn.sigmoid((value - prices[:, None] - thresholds) / smoothing)
+        hold = jax.nn.sigmoid((worth - prices[:, None] - thresholds) / smoothing)
         full = jax.nn.sigmoid((base + prices) / smoothing)
         row, column = hold.sum(axis=0) - slots, hold.sum(axis=1) - lower - room * full
         slope = hold * (1.0 - hold)
@@ -74,11 +66,9 @@ def _anneal(problem: Problem, whole, now, before, smoothings) -> tuple[Dual, Dua
         _, _, worst, count = state
         return (worst > tolerance) & (count < _NEWTON_STEPS)
 
-    def level(carry, smoothing):
-        now, before = carry
-        ahead = jax.tree.map(lambda now, before: now + _SHRINK * (now - before), now, before)  # it is smooth in the smoothing
-        new = lax.while_loop(unsettled, functools.partial(step, smoothing), (*ahead, jnp.inf, 0))[:2]
-        return (new, now), None
-
     tolerance = jnp.maximum(0.01 * slots.sum() / value.shape[0], 0.5)  # clients that an expert may be off
-    return lax.scan(level, (now, before), jnp.array(smoothings, jnp.float32))[0]
+    ahead = jax.tree.map(lambda now, before: now + _SHRINK * (now - before), now, before)  # it is smooth in the smoothing
+    new = lax.while_loop(unsettled, step, (*ahead, jnp.inf, 0))[:2]
+    rounded = jax.tree.map(lambda x: jnp.round(x * problem.steps).astype(jnp.int32), new)
+    new, now = (jax.tree.map(lambda x, n: x - n / problem.steps, part, rounded) for part in (new, now))
+    return (jax.tree.map(jnp.add, whole, rounded), new, now), None
