@@ -76,8 +76,13 @@ def test_bad_arguments_are_refused():
     profile = capacity.uniform(2)
     with pytest.raises(ValueError, match="max_slots is 0"):
         capacity.slots(profile, cost, deadline=None, max_slots=0)
-    with pytest.raises(ValueError, match="deadline is -1"):
-        capacity.slots(profile, cost, deadline=-1.0, max_slots=1)
+    for deadline in (-1.0, jnp.float32(-1)):
+        with pytest.raises(ValueError, match="deadline is -1"):
+            capacity.slots(profile, cost, deadline=deadline, max_slots=1)
+    with pytest.raises(ValueError, match="beta is 2"):
+        capacity.observe(jnp.ones(2), jnp.ones(2), jnp.ones(2), beta=2.0)
+    with pytest.raises(ValueError, match="rate is -1"):
+        capacity.forgive(jnp.ones(2), rate=-1.0)
     with pytest.raises(ValueError, match="probes is -1"):
         capacity.slots(profile, cost, deadline=None, max_slots=1, probes=-1)
     with pytest.raises(ValueError, match="num_clients is 0"):

@@ -63,7 +63,7 @@ def test_load_comes_out_even_where_greedy_leaves_it_uneven():
     losses = clients_of_hidden_tasks(8)
     clients, tokens, staleness = simulate(alignment.balanced(num_experts=8, max_slots=2), 20, sizes, losses)
     assert variation(clients) <= 0.01 and variation(tokens) <= 0.03
-    assert staleness <= math.ceil(8 / 40) + 2
+    assert staleness <= math.ceil(8 / 40)
     clients, tokens, _ = simulate(alignment.greedy(num_experts=8, max_slots=2), 20, sizes, losses)
     assert variation(clients) > 0.2 and variation(tokens) > 0.2
 
@@ -76,9 +76,10 @@ def test_what_is_counted_comes_out_even_for_clients_of_unequal_size(count):
     assert variation(clients if count == "clients" else tokens) <= (0.01 if count == "clients" else 0.03)
 
 
+@pytest.mark.parametrize("demand", [0.0, 1.0])
 @pytest.mark.parametrize(("experts", "slots", "cohort_size"), [(64, 2, 20), pytest.param(8, 1, 3, marks=pytest.mark.slow)])
-def test_no_expert_starves_when_there_are_more_experts_than_slots(experts, slots, cohort_size):
+def test_no_expert_starves_when_there_are_more_experts_than_slots(experts, slots, cohort_size, demand):
     sizes = jnp.array(np.random.default_rng(1).integers(20, 400, CLIENTS))
-    aligner = alignment.balanced(num_experts=experts, max_slots=slots)
+    aligner = alignment.balanced(num_experts=experts, max_slots=slots, load=load.monitor(demand=demand))
     _, _, staleness = simulate(aligner, cohort_size, sizes, clients_of_hidden_tasks(experts))
-    assert staleness <= math.ceil(experts / (slots * cohort_size)) + 2
+    assert staleness <= math.ceil(experts / (slots * cohort_size))

@@ -98,6 +98,25 @@ def test_experts_that_waited_too_long_come_first_but_no_more_than_there_are_slot
     assert upper.sum() >= 2
 
 
+@pytest.mark.parametrize("demand", [0.0, 0.75, 1.0])
+@pytest.mark.parametrize(("experts", "total", "liked"), [(256, 40, 8), (64, 3, 3), (64, 40, 8), (8, 40, 1)])
+def test_no_expert_waits_longer_however_few_are_wanted(demand, experts, total, liked):
+    """All clients want the same few experts, and get what the bounds leave of them."""
+    monitor = load.monitor(demand=demand)
+    slots, wanted = jnp.ones(total, jnp.int32), jnp.where(jnp.arange(experts) < liked, total / liked, 0.0)
+
+    def one(state, _):
+        lower, upper = monitor.bounds(state, slots, wanted)
+        room = jnp.cumsum(upper - lower)  # the liked come first
+        given = lower + jnp.diff(jnp.minimum(room, total - lower.sum()), prepend=0)
+        held = jnp.repeat(jnp.arange(experts), given, total_repeat_length=total)[:, None]
+        state = monitor.update(state, held, jnp.full((total, 1), 10), wanted)
+        return state, (state.idle.max(), given.sum())
+
+    _, (idle, filled) = jax.lax.scan(one, monitor.init(experts), length=200)
+    assert (filled == total).all() and idle.max() <= math.ceil(experts / total)
+
+
 @settings(deadline=None, max_examples=50)
 @given(score=hnp.arrays(np.float32, (CLIENTS, EXPERTS), elements=st.sampled_from([0.0, 0.5, 1.0])), slots=slots_lists)
 def test_wanted_is_what_greedy_choice_fills(score, slots):

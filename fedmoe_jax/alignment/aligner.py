@@ -14,8 +14,6 @@ from fedmoe_jax.alignment import load as load_stage
 from fedmoe_jax.base import NO_EXPERT, Aligner, Alignment, Cohort, Feedback, Fitness, LoadMonitor, client_keys, pytree, stage_key
 from fedmoe_jax.experts import by_group
 
-_EXACTNESS = 2.0**-11  # differences of fitness below this share of its range are noise of its estimates
-
 
 @pytree
 class AlignerState:
@@ -109,8 +107,7 @@ def balanced(
 
     def within_bounds(key, state, cohort, score):
         lower, upper = monitor.bounds(state.load, cohort.slots, load_stage.wanted(score, cohort.slots))
-        options = dict(prices=state.prices, resolution=_EXACTNESS, return_info=True)
-        mask, info = assign.balanced(score, cohort.slots, lower, upper, key=key, **options)
+        mask, info = assign.balanced(score, cohort.slots, lower, upper, key=key, prices=state.prices, return_info=True)
         return mask, info.prices
 
     def with_deficits(key, state, cohort, score):

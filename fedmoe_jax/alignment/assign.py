@@ -6,11 +6,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from fedmoe_jax.alignment import flow, transport
 
-_TIES = 2.0**-15  # times the root of up to 4,096 clients: the share of the standard deviation within which ties are broken
+_TIES = 2.0**-15  # times the root of up to 4,096 clients: the share of the mean absolute deviation within which ties are broken
+_APART, _SAMPLE = 2.0**-13, 1024  # the same of the distance from a common fitness; pairs that show which that is
 _TINY = 1e-6
 _HUGE = 1e37  # differences of so large a fitness are still finite
 
@@ -93,7 +95,6 @@ def balanced(
     *,
     key: Key[Array, ""] | None = None,
     prices: Float[Array, " expert"] | None = None,
-    resolution: float = 0.0,
     return_info: bool = False,
 ) -> Bool[Array, "client expert"] | tuple[Bool[Array, "client expert"], BalancedInfo]:
     """Assigns experts to clients: the most total fitness within client slots and expert load bounds.
@@ -101,42 +102,44 @@ def balanced(
     A transportation problem, solved on device to its optimum by Newton's method on a smoothed dual and shortest paths
     (`transport`, [1]). Bounds that cannot be met are broken as little as possible in total, and then fitness is maximised.
 
-    Fitness is compared to within 2**-9 of its standard deviation (less for under 4,096 clients), or 2**-22 of its range
-    if that is more; where bounds must be broken, to within num_experts 2**-25 of its range. Ties within that are broken at
-    random; many ties that are broken within a small share of the range take time, which a `resolution` saves. Under jit,
-    negative slots count as 0 and an upper below lower counts as lower.
+    Fitness is compared to within 2**-9 of its mean absolute deviation (less for under 4,096 clients), or 2**-22 of its range
+    if that is more. Where more than half of all pairs are equally fit, as those are of which nothing is known, both are taken
+    of the others, and 2**-13 of their mean distance from that common fitness will do. Where bounds must be broken, fitness is
+    compared to within num_experts 2**-25 of its range. Ties within that are broken at random. Under jit, negative slots count
+    as 0 and an upper below lower counts as lower.
 
     Args:
       fitness: value of a pair, higher is better; a non-finite value forbids the pair, one beyond 1e37 in size counts as that.
       slots: experts that each client can hold, 0 to num_experts.
       lower, upper: least and most clients that each expert may get.
       key: breaks ties; None breaks them in the same way each time.
-      prices: where to start, from the info of a similar problem; changes the time, not the quality.
-      resolution: differences of fitness up to this share of its range do not matter either, 0 to 1.
+      prices: where to start, from the info of a similar problem; changes the time, not the quality. NaN counts as 0.
       return_info: also return `BalancedInfo`.
 
     Returns:
       The assignment. Row sums equal min(slots, allowed experts); column sums lie in [lower, upper] whenever that is feasible.
 
     Raises:
-      ValueError: if shapes disagree or, outside jit, slots are negative, a lower bound is above its upper bound or
-        `resolution` is out of its range.
+      ValueError: if shapes disagree, there is no client or no expert or, outside jit, slots are negative or a lower bound is
+        above its upper bound.
 
     References:
       [1] Ahuja, Magnanti and Orlin, "Network Flows", 1993, section 9.7.
     """
     _check_slots(slots, fitness)
     _check_bounds(lower, upper, fitness.shape[1])
-    if not 0 <= resolution <= 1:
-        raise ValueError(f"resolution is {resolution}, it must be 0 to 1, a share of the range of fitness")
+    if 0 in fitness.shape:
+        raise ValueError(f"fitness has shape {fitness.shape}, it must have a client and an expert")
     key = jax.random.key(0) if key is None else key
     prices = jnp.zeros(fitness.shape[1], jnp.float32) if prices is None else prices
-    mask, info = _balanced(fitness.astype(jnp.float32), slots, lower, upper, key, prices, resolution, return_info)
+    if prices.shape != fitness.shape[1:]:
+        raise ValueError(f"prices has shape {prices.shape}, fitness has {fitness.shape[1]} experts")
+    mask, info = _balanced(fitness.astype(jnp.float32), slots, lower, upper, key, prices, return_info)
     return (mask, info) if return_info else mask
 
 
 @functools.partial(jax.jit, static_argnames="return_info")
-def _balanced(fitness, slots, lower, upper, key, prices, resolution, return_info):
+def _balanced(fitness, slots, lower, upper, key, prices, return_info):
     """`balanced` on arrays that may be anything: rounds the fitness to integers, solves, and proves the result."""
     allowed = jnp.isfinite(fitness)
     fitness = jnp.clip(fitness, -_HUGE, _HUGE)
@@ -149,25 +152,37 @@ def _balanced(fitness, slots, lower, upper, key, prices, resolution, return_info
     tied = ~(spread > 0)
     steps = flow.STEPS
     relative = jnp.where(allowed & ~tied, (fitness - least) / jnp.where(tied, 1.0, spread), 0.0)
-    deviation = jnp.std(relative, where=allowed)
-    share = _TIES * math.sqrt(min(fitness.shape[0], 4096))  # what breaking ties costs averages out over many clients
-    same = jnp.clip(jnp.maximum(share * deviation, resolution) * steps, 2.0, steps)
-    ties = jnp.where(tied, steps, same)  # equal fitness leaves all to chance
+    ties = jnp.where(tied, steps, jnp.clip(_indifference(relative, allowed, key) * steps, 2.0, steps))
     unit = jnp.where(tied, _TINY * jnp.maximum(jnp.abs(least), _TINY), spread) / steps
     rounded = jnp.round(relative * (steps - ties)).astype(jnp.int32)
     value = jnp.where(allowed, rounded + (jax.random.uniform(key, fitness.shape) * ties).astype(jnp.int32), 0)
 
     least_load, most_load = (jnp.minimum(bound, fitness.shape[0]) for bound in (lower, upper))  # so that sums fit in 32 bits
-    problem = flow.Problem(value.T, allowed.T, slots, least_load, most_load)
+    order = jax.random.permutation(jax.random.fold_in(key, 0), fitness.shape[1])  # so that no expert comes first
+    problem = flow.Problem(value.T[order], allowed.T[order], slots, least_load[order], most_load[order])
     start = jnp.clip(jnp.nan_to_num(prices / unit), -problem.fine, problem.fine)
-    mask, found = transport.solve(problem, start)
-    mask, prices = mask.T, found * unit
+    mask, found = transport.solve(problem, start[order])
+    back = jnp.argsort(order)
+    mask, prices = mask[back].T, found[back] * unit
     if not return_info:
         return mask, None
     load = mask.sum(axis=0)
     gap = _gap(jnp.where(allowed, fitness, 0.0), allowed, mask, least_load, most_load, prices)
     violation = jnp.abs(load - jnp.clip(load, lower, upper)).astype(jnp.float32).sum()
     return mask, BalancedInfo(jnp.minimum(violation, 2.0**30).astype(jnp.int32), jnp.where(tied, 0.0, gap), prices)
+
+
+def _indifference(relative, allowed, key) -> Float[Array, ""]:
+    """Up to which difference pairs count as equally fit, in a range of 0 to 1."""
+    sample = jax.random.randint(jax.random.fold_in(key, 1), (_SAMPLE,), 0, relative.size)
+    common = jnp.nanmedian(jnp.where(allowed, relative, jnp.nan).ravel()[sample])
+    others = allowed & (relative != common)
+    mostly = 2 * others.sum() < allowed.sum()  # have the common fitness
+    counted = jnp.where(mostly, others, allowed)
+    centre = jnp.mean(relative, where=counted)
+    deviation = jnp.mean(jnp.abs(relative - centre), where=counted)
+    share = _TIES * math.sqrt(min(relative.shape[0], 4096))  # what breaking ties costs averages out over many clients
+    return jnp.nan_to_num(jnp.maximum(share * deviation, jnp.where(mostly, _APART * jnp.abs(centre - common), 0.0)))
 
 
 def _gap(fitness, allowed, mask, lower, upper, prices) -> Float[Array, ""]:
@@ -205,14 +220,14 @@ def _concrete(*arrays) -> bool:
 def _check_slots(slots, fitness=None) -> None:
     if fitness is not None and fitness.shape[:1] != slots.shape:
         raise ValueError(f"slots has {slots.shape[0]} clients and fitness {fitness.shape[0]}, they must agree")
-    if _concrete(slots) and (slots < 0).any():
-        raise ValueError(f"slots has a negative entry, {int(slots.min())}; 0 is the least")
+    if _concrete(slots) and (np.asarray(slots) < 0).any():
+        raise ValueError(f"slots has a negative entry, {int(np.asarray(slots).min())}; 0 is the least")
 
 
 def _check_bounds(lower, upper, num_experts: int) -> None:
     for name, bound in (("lower", lower), ("upper", upper)):
         if bound.shape != (num_experts,):
             raise ValueError(f"{name} has shape {bound.shape}, fitness has {num_experts} experts")
-    if _concrete(lower, upper) and (lower > upper).any():
-        expert = int(jnp.argmax(lower > upper))
+    if _concrete(lower, upper) and (crossed := np.asarray(lower) > np.asarray(upper)).any():
+        expert = int(crossed.argmax())
         raise ValueError(f"lower is above upper for expert {expert}: {int(lower[expert])} > {int(upper[expert])}")

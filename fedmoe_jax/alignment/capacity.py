@@ -53,6 +53,8 @@ def slots(
 ) -> Int[Array, " client"]:
     """The most experts, up to `max_slots`, that each client fits in its memory and trains before the deadline.
 
+    Probes take time but no more memory: tried one by one before training, they need less than its gradients.
+
     Args:
       profile: what each client can afford, one row for each client of the cohort.
       cost: what the shared part and each expert cost.
@@ -71,7 +73,7 @@ def slots(
         raise ValueError(f"max_slots is {max_slots}, it must be at least 1")
     if probes < 0:
         raise ValueError(f"probes is {probes}, it must not be negative")
-    if isinstance(deadline, int | float) and not deadline > 0:
+    if deadline is not None and not isinstance(deadline, jax.core.Tracer) and not deadline > 0:
         raise ValueError(f"deadline is {deadline}, it must be a positive number of seconds, or None for no limit")
 
     def fits(count: Int[Array, ""]) -> Bool[Array, " client"]:
@@ -94,7 +96,12 @@ def observe(
       observed: seconds that the round took each client, also those whose update came after the deadline.
       by_profile: `seconds(...)` of the same round.
       beta: weight of the newest observation, 0 to 1.
+
+    Raises:
+      ValueError: if `beta` is out of its range.
     """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is {beta}, it must be 0 to 1")
     ratio = jnp.where(by_profile > 0, observed / jnp.where(by_profile > 0, by_profile, 1.0), 1.0)
     return (1.0 - beta) * pace + beta * ratio
 
@@ -105,7 +112,12 @@ def forgive(pace: Float[Array, " client"], *, rate: float = 0.1) -> Float[Array,
     Args:
       pace: what was known before.
       rate: share of the distance to 1 that is forgiven, 0 to 1.
+
+    Raises:
+      ValueError: if `rate` is out of its range.
     """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate is {rate}, it must be 0 to 1")
     return pace + rate * (1.0 - pace)
 
 

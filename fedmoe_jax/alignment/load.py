@@ -47,9 +47,10 @@ def monitor(
         upper_e   = min(N, ceil((1 + tolerance) target_e))
 
     where the fair part is wish_e without the deficit. So 0 <= lower <= upper <= N and sum(lower) <= S <= sum(upper). An
-    expert that fell behind gets up to about twice its part until it has caught up. least_e is 0, but 1 for experts that
-    nobody trained for ceil(E / S) rounds, and lower_e is then 1, too: no expert waits longer, if S does not change and
-    clients send it tokens. The load of one pair is the mean over the pairs that the load remembers.
+    expert that fell behind gets up to about twice its part until it has caught up. least_e is 0, but 1 for as many of the
+    stalest experts as have to be trained now so that none waits longer than ceil(E / S) rounds; lower_e is then 1, too.
+    That holds if S does not change and clients send the experts tokens. The load of one pair is the mean over the pairs that
+    the load remembers.
 
     Args:
       decay: what a round's load still counts one round later, 0 to 1. At 1 nothing is forgotten.
@@ -97,7 +98,7 @@ def monitor(
         total, clients = slots.sum(dtype=jnp.float32), (slots > 0).sum()
         part = fair(wanted, total)
         most = jnp.minimum(clients.astype(jnp.float32), 2.0 * jnp.ceil(jnp.maximum(part, total / num_experts)))
-        least = _overdue(state.idle, total).astype(jnp.float32)
+        least = _due(state.idle, total).astype(jnp.float32)
         target = _project(part + gain * deficit(state), total, least, jnp.maximum(most, least))
         lower = jnp.maximum(jnp.floor((1.0 - tolerance) * target + _ROUNDING), least)
         upper = jnp.minimum(jnp.ceil((1.0 + tolerance) * target - _ROUNDING), clients)
@@ -136,12 +137,13 @@ def wanted(score: Float[Array, "client expert"], slots: Int[Array, " client"]) -
     return jnp.where(slots > 0, above + equal * left, 0.0).sum(axis=0)
 
 
-def _overdue(idle: Int[Array, " expert"], total: Float[Array, ""]) -> Bool[Array, " expert"]:
-    """The experts idle for as many rounds as the slots take to serve all, but no more of them than there are slots."""
-    num_experts = idle.shape[0]
-    patience = jnp.ceil(num_experts / jnp.maximum(total, 1.0))
+def _due(idle: Int[Array, " expert"], total: Float[Array, ""]) -> Bool[Array, " expert"]:
+    """The stalest experts that have to be served now, so that each can be within ceil(E / total) rounds of its last."""
+    slots = jnp.maximum(total, 1.0)
+    patience = jnp.ceil(idle.shape[0] / slots)
     rank = jnp.argsort(jnp.argsort(-idle))
-    return (idle >= patience) & (rank < total)
+    now = rank + 1 - slots * jnp.maximum(patience - idle, 0.0)  # of as many as are that stale, the rest can wait
+    return rank < jnp.minimum(now.max(), total)
 
 
 def coefficient_of_variation(x: Float[Array, " expert"] | Int[Array, " expert"]) -> Float[Array, ""]:
