@@ -232,3 +232,25 @@ def test_own_model_by_name(monkeypatch):
 def test_longer_text_than_max_length():
     with pytest.raises(ValueError, match="x has 7 tokens, max_length is 6"):
         create("transformer", max_length=6)(batch("transformer").x)
+
+
+def test_a_transformer_computes_its_layers_again_in_less_memory():
+    shape = dict(input_shape=(64,), num_classes=7, num_experts=2, top_k=1, seed=0, layers=6, features=16, heads=2, expert_hidden=64)
+    x = jax.random.randint(jax.random.key(0), (8, 64), 0, 7)
+
+    def outcome(remat):
+        graph, state = nnx.split(models.create("transformer", **shape, remat=remat))
+
+        def loss(state):
+            model = nnx.merge(graph, state)
+            return jax.nn.logsumexp(model(x), axis=-1).mean(), experts.report(model)
+
+        kept = jax.eval_shape(lambda state: jax.vjp(loss, state, has_aux=True)[1], state)
+        gradient = jax.jit(jax.value_and_grad(loss, has_aux=True, allow_int=True))
+        return gradient(state), sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+
+    (plain, most), (again, less) = outcome(False), outcome(True)
+    for ours, wanted in zip(jax.tree.leaves(again), jax.tree.leaves(plain), strict=True):
+        if ours.dtype != jax.dtypes.float0:
+            np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-6)
+    assert less < 0.3 * most

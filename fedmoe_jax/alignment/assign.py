@@ -158,12 +158,10 @@ def _balanced(fitness, slots, lower, upper, key, prices, return_info):
     value = jnp.where(allowed, rounded + (jax.random.uniform(key, fitness.shape) * ties).astype(jnp.int32), 0)
 
     least_load, most_load = (jnp.minimum(bound, fitness.shape[0]) for bound in (lower, upper))  # so that sums fit in 32 bits
-    order = jax.random.permutation(jax.random.fold_in(key, 0), fitness.shape[1])  # so that no expert comes first
-    problem = flow.Problem(value.T[order], allowed.T[order], slots, least_load[order], most_load[order])
+    problem = flow.Problem(value.T, allowed.T, slots, least_load, most_load)
     start = jnp.clip(jnp.nan_to_num(prices / unit), -problem.fine, problem.fine)
-    mask, found = transport.solve(problem, start[order])
-    back = jnp.argsort(order)
-    mask, prices = mask[back].T, found[back] * unit
+    mask, found = transport.solve(problem, start)
+    mask, prices = mask.T, found * unit
     if not return_info:
         return mask, None
     load = mask.sum(axis=0)

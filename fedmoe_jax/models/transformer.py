@@ -44,6 +44,7 @@ class Transformer(nnx.Module):
       max_length: longest text accepted; None for any.
       tie_embeddings: whether the head is the transposed embedding.
       dtype: what it computes in, default float32.
+      remat: whether the backward pass computes each layer's inside again instead of keeping it in memory.
       moe_options: further arguments of `nn.moe.MoE`.
     """
 
@@ -65,6 +66,7 @@ class Transformer(nnx.Module):
         max_length: int | None = None,
         tie_embeddings: bool = False,
         dtype: DTypeLike | None = None,
+        remat: bool = False,
         rngs: nnx.Rngs,
         **moe_options: Any,
     ):
@@ -86,6 +88,7 @@ class Transformer(nnx.Module):
         self.head = None if tie_embeddings else Linear(features, vocabulary, use_bias=False, dtype=dtype, rngs=rngs)
         self.max_length = max_length
         self.dtype = dtype
+        self.remat = remat
 
     def __call__(self, x: Int[Array, "example token"]) -> Float[Array, "example token vocabulary"]:
         """Logits of the next token at each position.
@@ -101,7 +104,8 @@ class Transformer(nnx.Module):
         embedding = self.embedding.get_value()
         h = embedding[x]
         h = h if self.dtype is None else h.astype(self.dtype)
+        apply = nnx.remat(Layer.__call__) if self.remat else Layer.__call__
         for layer in self.layers:
-            h = layer(h)
+            h = apply(layer, h)
         h = self.norm(h)
         return matmul(h, embedding.T) if self.head is None else self.head(h)

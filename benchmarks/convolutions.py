@@ -1,0 +1,76 @@
+"""Convolutions with a kernel for each client: XLA's grouped convolution against shifted images times a matrix.
+
+    python benchmarks/convolutions.py > benchmarks/results/convolutions.jsonl
+
+One JSON line for each layer and type: milliseconds of the forward and backward pass of both, and how many times as long
+the matrix product takes.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fedmoe_jax.nn.linear import Conv
+from fedmoe_jax.training.metrics import environment
+
+# clients, examples, height and width, channels in and out, stride
+LAYERS = [
+    (100, 20, 28, 1, 16, 1),
+    (100, 20, 32, 3, 16, 1),
+    (64, 32, 32, 8, 8, 1),
+    (100, 20, 14, 16, 32, 1),
+    (64, 32, 32, 16, 16, 1),
+    (64, 32, 32, 16, 32, 2),
+    (64, 32, 16, 32, 32, 1),
+    (64, 32, 8, 64, 64, 1),
+    (64, 32, 32, 64, 64, 1),
+    (256, 16, 8, 64, 64, 1),
+    (16, 32, 16, 128, 128, 1),
+]
+SMALL = [(4, 4, 8, 1, 8, 1), (4, 4, 8, 16, 16, 2)]
+
+
+def milliseconds(layer, method, dtype, repeats):
+    """Median of the forward and backward pass, of kernels and inputs, of all clients at once."""
+    clients, examples, size, before, after, stride = layer
+    graph, _ = nnx.split(Conv(before, after, stride=stride, method=method, dtype=dtype, rngs=nnx.Rngs(0)))
+    keys = jax.random.split(jax.random.key(0), clients)
+    kernels = jax.vmap(lambda key: nnx.state(Conv(before, after, stride=stride, rngs=nnx.Rngs(key))))(keys)
+    x = jax.random.normal(jax.random.key(1), (clients, examples, size, size, before))
+
+    @jax.jit
+    def both(kernels, x):
+        return jax.vmap(jax.grad(lambda kernel, x: jnp.sum(jnp.sin(nnx.merge(graph, kernel)(x))), argnums=(0, 1)))(kernels, x)
+
+    jax.block_until_ready(both(kernels, x))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(both(kernels, x))
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="two small layers, to try it out")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    about = environment()
+    about = dict(device=about["device"], versions=about["versions"], date=datetime.date.today().isoformat())
+    for layer in SMALL if arguments.small else LAYERS:
+        for dtype in (jnp.float32, jnp.bfloat16):
+            ours, grouped = (milliseconds(layer, method, dtype, arguments.repeats) for method in ("matmul", "convolution"))
+            case = f"{'x'.join(map(str, layer))}, {dtype.__name__}"
+            figure = dict(bench="convolutions", case=case, metric="matmul", value=ours, unit="ms", against=f"convolution, {grouped:.3f} ms")
+            print(json.dumps(figure | dict(ratio=ours / grouped) | about), flush=True)
+
+
+if __name__ == "__main__":
+    main()
