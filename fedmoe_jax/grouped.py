@@ -60,14 +60,17 @@ def fits(index: Int[Array, " group"], num_experts: int) -> Bool[Array, ""]:
 
 
 def _lay_out(index, counts, expert, first, size) -> Layout:
-    """Tile t holds `size` groups of `expert[t]`, whose tiles begin at `first`."""
+    """Tile t holds `size` groups of `expert[t]`, whose tiles begin at `first`.
+
+    Without the barrier XLA computes all of it again for every element that is gathered by it.
+    """
     num_groups = index.shape[0]
     order = jnp.argsort(index, stable=True).astype(jnp.int32)
     start = jnp.cumsum(counts) - counts
     rank = (jnp.arange(expert.shape[0]) - first[expert])[:, None] * size + jnp.arange(size)
     group = order[jnp.minimum(start[expert][:, None] + rank, num_groups - 1)]
     ranks = jnp.zeros_like(order).at[order].set(jnp.arange(num_groups, dtype=jnp.int32)) - start[index]
-    return Layout(group, rank < counts[expert][:, None], expert, first[index] * size + ranks)
+    return lax.optimization_barrier(Layout(group, rank < counts[expert][:, None], expert, first[index] * size + ranks))
 
 
 @custom_vmap

@@ -96,7 +96,7 @@ class Population:
         """One client's examples at `position`, 0 to num_examples - 1; other positions are masked."""
         start, size = self._span(client)
         mask = (position >= 0) & (position < size)
-        row = self.order[jnp.where(mask, start + position, 0)]
+        row = jax.lax.optimization_barrier(self.order[jnp.where(mask, start + position, 0)])  # else looked up for each number of x
         return Batch(x=self.x[row], y=self.y[row], mask=mask)
 
     def _span(self, client):

@@ -6,6 +6,7 @@ slots; rows that no pair fills are zero.
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax.base import pytree
@@ -84,7 +85,10 @@ def _counts(slot, active, slots):
 
 
 def _lay_out(slot, active, counts, expert, first, size, limit):
-    """Tile t holds `size` rows of slot `expert[t]`, whose tiles begin at `first`. A slot's pairs beyond `limit` are dropped."""
+    """Tile t holds `size` rows of slot `expert[t]`, whose tiles begin at `first`. A slot's pairs beyond `limit` are dropped.
+
+    Without the barrier XLA computes all of it again for every element that is gathered by it.
+    """
     slots, tiles = len(counts), len(expert)
     flat = jnp.where(active, slot, slots).reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
@@ -98,4 +102,4 @@ def _lay_out(slot, active, counts, expert, first, size, limit):
     pair = order[jnp.where(filled, start[expert][:, None] + rank_of_row, 0)]
     kept = active & (rank < limit).reshape(slot.shape)
     row = jnp.where(kept, row.reshape(slot.shape), 0)
-    return Layout(expert, pair % slot.shape[1], filled, row, kept)
+    return lax.optimization_barrier(Layout(expert, pair % slot.shape[1], filled, row, kept))
