@@ -10,6 +10,8 @@ import pytest
 COMMANDS = {
     "rounds": ["--clients", "300", "--cohort", "12", "--rounds", "2", "--repeats", "1"],
     "engines": ["--cases", "small", "--rounds", "2"],
+    "convolutions": ["--small", "--repeats", "1"],
+    "peers/compare": ["--workloads", "tiny", "--repeats", "1"],
 }
 
 

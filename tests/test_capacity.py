@@ -63,6 +63,12 @@ def test_no_limit_gives_all_slots_and_no_memory_none():
     np.testing.assert_array_equal(capacity.slots(poor, cost, deadline=None, max_slots=4), [0, 1, 2])
 
 
+def test_a_constant_deadline_is_checked_inside_jit():
+    cost, profile, limit = RoundCost(*(jnp.float32(1.0) for _ in range(8))), capacity.uniform(2), jnp.float32(5)
+    jitted = jax.jit(lambda pace: capacity.slots(profile, cost, deadline=limit, max_slots=3, pace=pace))
+    np.testing.assert_array_equal(jitted(jnp.ones(2)), capacity.slots(profile, cost, deadline=5.0, max_slots=3))
+
+
 def test_slots_work_under_jit_with_a_traced_deadline():
     cost = RoundCost(*(jnp.float32(1e6) for _ in range(8)))
     profile = ClientProfile.sample(jax.random.key(0), 50, source="tiers")

@@ -84,6 +84,19 @@ def test_activations_grow_with_the_batch_and_flops_of_an_example_do_not():
     np.testing.assert_allclose(large.shared_flops, small.shared_flops, rtol=1e-6)
 
 
+def test_what_is_computed_again_takes_flops_instead_of_memory():
+    text = Batch(jnp.zeros((4, 32), jnp.int32), jnp.zeros((4, 32), jnp.int32), jnp.ones(4, bool))
+
+    def of_transformer(remat):
+        shape = dict(input_shape=(32,), num_classes=5, num_experts=2, top_k=1, seed=0, layers=6, features=16, heads=2)
+        model = create("transformer", **shape, expert_hidden=32, remat=remat)
+        return round_cost(partition(model), cross_entropy, optax.sgd(0.1), text)
+
+    plain, again = of_transformer(False), of_transformer(True)
+    assert again.shared_memory < 0.6 * plain.shared_memory and again.expert_memory < plain.expert_memory
+    assert 1.1 * plain.shared_flops < again.shared_flops < 1.5 * plain.shared_flops
+
+
 def test_flops_of_an_expert_are_those_of_its_products():
     router = 3 * 2 * HIDDEN
     feed_forward = 3 * 2 * 2 * HIDDEN * EXPERT_HIDDEN

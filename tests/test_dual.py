@@ -12,6 +12,7 @@ from flax import nnx
 from small_round import algorithm, distance, population, run, weights
 
 from fedmoe_jax import Population, alignment, kernels, models, nn, partition
+from fedmoe_jax.base import Batch
 from fedmoe_jax.kernels import DualDelta, History
 from fedmoe_jax.local import plan
 from fedmoe_jax.local.cohort import batch_shape
@@ -91,13 +92,33 @@ def test_tiles_of_tokens():
     assert_same(data, local_epochs=3, **options)
 
 
-@pytest.mark.parametrize("tie_embeddings", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_transformer(tie_embeddings):
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "tie_embeddings, remat", [pytest.param(False, False, marks=SLOW), (True, False), pytest.param(False, True, marks=SLOW)]
+)
+def test_transformer(tie_embeddings, remat):
     text = np.random.default_rng(0).integers(0, 11, (24, 9)).astype(np.int32)
     data = Population.from_arrays(text[:, :-1], text[:, 1:], list(np.arange(24).reshape(4, 6)))
-    small = dict(layers=2, features=8, heads=2, kv_heads=1, expert_hidden=6, tie_embeddings=tie_embeddings)
+    small = dict(layers=2, features=8, heads=2, kv_heads=1, expert_hidden=6, tie_embeddings=tie_embeddings, remat=remat)
     net = models.create("transformer", input_shape=(8,), num_classes=11, num_experts=4, top_k=1, seed=0, per_layer=True, **small)
     assert_same(data, of=net, cohort_size=4, batch_size=2, solo_examples=2, aligner=alignment.random(num_experts=4, max_slots=2, groups=2))
+
+
+def test_what_is_computed_again_stays_primal():
+    shape = dict(input_shape=(8,), num_classes=11, num_experts=4, top_k=1, seed=0, layers=1, features=8, heads=2, expert_hidden=6)
+    text = Batch(jnp.zeros((2, 8), jnp.int32), jnp.zeros((2, 8), jnp.int32), jnp.ones(2, bool))
+    choices = plan.engines(
+        partition(models.create("transformer", kv_heads=1, **shape, remat=True)),
+        cross_entropy,
+        text,
+        slots=2,
+        steps=2,
+        engine="dual",
+        balance=8.0,
+    )
+    assert [choice.name for choice in choices if choice.use] == ["1.head.kernel"]
 
 
 def test_several_runs_side_by_side():

@@ -76,7 +76,7 @@ def test_what_is_counted_comes_out_even_for_clients_of_unequal_size(count):
     assert variation(clients if count == "clients" else tokens) <= (0.01 if count == "clients" else 0.03)
 
 
-@pytest.mark.parametrize("demand", [0.0, 1.0])
+@pytest.mark.parametrize("demand", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("experts", "slots", "cohort_size"), [(64, 2, 20), pytest.param(8, 1, 3, marks=pytest.mark.slow)])
 def test_no_expert_starves_when_there_are_more_experts_than_slots(experts, slots, cohort_size, demand):
     sizes = jnp.array(np.random.default_rng(1).integers(20, 400, CLIENTS))

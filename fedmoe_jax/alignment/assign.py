@@ -103,10 +103,10 @@ def balanced(
     (`transport`, [1]). Bounds that cannot be met are broken as little as possible in total, and then fitness is maximised.
 
     Fitness is compared to within 2**-9 of its mean absolute deviation (less for under 4,096 clients), or 2**-22 of its range
-    if that is more. Where more than half of all pairs are equally fit, as those are of which nothing is known, both are taken
-    of the others, and 2**-13 of their mean distance from that common fitness will do. Where bounds must be broken, fitness is
-    compared to within num_experts 2**-25 of its range. Ties within that are broken at random. Under jit, negative slots count
-    as 0 and an upper below lower counts as lower.
+    if that is more. Where more than half of all pairs are equally fit, as those are of which nothing is known, the deviation is
+    that of the others, and 2**-13 of the distance from their mean to that common fitness will do. Where bounds must be broken,
+    fitness is compared to within num_experts 2**-25 of its range. Ties within that are broken at random. Under jit, negative
+    slots count as 0 and an upper below lower counts as lower.
 
     Args:
       fitness: value of a pair, higher is better; a non-finite value forbids the pair, one beyond 1e37 in size counts as that.
@@ -141,6 +141,7 @@ def balanced(
 @functools.partial(jax.jit, static_argnames="return_info")
 def _balanced(fitness, slots, lower, upper, key, prices, return_info):
     """`balanced` on arrays that may be anything: rounds the fitness to integers, solves, and proves the result."""
+    key, pick = jax.random.split(key)
     allowed = jnp.isfinite(fitness)
     fitness = jnp.clip(fitness, -_HUGE, _HUGE)
     slots = jnp.clip(slots, 0, allowed.sum(axis=1)).astype(jnp.int32)
@@ -152,7 +153,7 @@ def _balanced(fitness, slots, lower, upper, key, prices, return_info):
     tied = ~(spread > 0)
     steps = flow.STEPS
     relative = jnp.where(allowed & ~tied, (fitness - least) / jnp.where(tied, 1.0, spread), 0.0)
-    ties = jnp.where(tied, steps, jnp.clip(_indifference(relative, allowed, key) * steps, 2.0, steps))
+    ties = jnp.where(tied, steps, jnp.clip(_indifference(relative, allowed, pick) * steps, 2.0, steps))
     unit = jnp.where(tied, _TINY * jnp.maximum(jnp.abs(least), _TINY), spread) / steps
     rounded = jnp.round(relative * (steps - ties)).astype(jnp.int32)
     value = jnp.where(allowed, rounded + (jax.random.uniform(key, fitness.shape) * ties).astype(jnp.int32), 0)
@@ -172,7 +173,7 @@ def _balanced(fitness, slots, lower, upper, key, prices, return_info):
 
 def _indifference(relative, allowed, key) -> Float[Array, ""]:
     """Up to which difference pairs count as equally fit, in a range of 0 to 1."""
-    sample = jax.random.randint(jax.random.fold_in(key, 1), (_SAMPLE,), 0, relative.size)
+    sample = jax.random.randint(key, (_SAMPLE,), 0, relative.size)
     common = jnp.nanmedian(jnp.where(allowed, relative, jnp.nan).ravel()[sample])
     others = allowed & (relative != common)
     mostly = 2 * others.sum() < allowed.sum()  # have the common fitness

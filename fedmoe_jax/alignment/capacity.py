@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax.base import ClientProfile, RoundCost
@@ -73,7 +74,7 @@ def slots(
         raise ValueError(f"max_slots is {max_slots}, it must be at least 1")
     if probes < 0:
         raise ValueError(f"probes is {probes}, it must not be negative")
-    if deadline is not None and not isinstance(deadline, jax.core.Tracer) and not deadline > 0:
+    if deadline is not None and not isinstance(deadline, jax.core.Tracer) and not np.asarray(deadline) > 0:
         raise ValueError(f"deadline is {deadline}, it must be a positive number of seconds, or None for no limit")
 
     def fits(count: Int[Array, ""]) -> Bool[Array, " client"]:
@@ -100,7 +101,7 @@ def observe(
     Raises:
       ValueError: if `beta` is out of its range.
     """
-    if not 0 <= beta <= 1:
+    if isinstance(beta, int | float) and not 0 <= beta <= 1:
         raise ValueError(f"beta is {beta}, it must be 0 to 1")
     ratio = jnp.where(by_profile > 0, observed / jnp.where(by_profile > 0, by_profile, 1.0), 1.0)
     return (1.0 - beta) * pace + beta * ratio
@@ -116,7 +117,7 @@ def forgive(pace: Float[Array, " client"], *, rate: float = 0.1) -> Float[Array,
     Raises:
       ValueError: if `rate` is out of its range.
     """
-    if not 0 <= rate <= 1:
+    if isinstance(rate, int | float) and not 0 <= rate <= 1:
         raise ValueError(f"rate is {rate}, it must be 0 to 1")
     return pace + rate * (1.0 - pace)
 

@@ -125,7 +125,22 @@ def _shared_and_each(count: Callable[[int], int | float], first: int = 1) -> tup
 
 
 def _intermediate_bytes(jaxpr: Any) -> int:
-    """Bytes of every value that a program computes, calls and one pass of each loop included."""
-    inner = sum(_intermediate_bytes(getattr(p, "jaxpr", p)) for equation in jaxpr.eqns for p in _subprograms(equation.params))
-    values = (v.aval for equation in jaxpr.eqns if not _subprograms(equation.params) for v in equation.outvars)
-    return inner + sum(math.prod(v.shape) * v.dtype.itemsize for v in values if hasattr(v, "dtype") and hasattr(v.dtype, "itemsize"))
+    """Bytes of every value that a program computes, calls and one pass of each loop included.
+
+    Of what is computed again in the backward pass only the results stay, and the largest inside is there once.
+    """
+    kept, again = _kept_and_again(jaxpr)
+    return kept + again
+
+
+def _kept_and_again(jaxpr: Any) -> tuple[int, int]:
+    kept = again = 0
+    for equation in jaxpr.eqns:
+        inside = [_kept_and_again(getattr(program, "jaxpr", program)) for program in _subprograms(equation.params)]
+        outputs = [v.aval for v in equation.outvars if hasattr(v.aval, "dtype") and hasattr(v.aval.dtype, "itemsize")]
+        results = sum(math.prod(v.shape) * v.dtype.itemsize for v in outputs)
+        whole, most = sum(own for own, _ in inside), max((below for _, below in inside), default=0)
+        rematerialised = equation.primitive is core.primitives.remat_p
+        kept += whole if inside and not rematerialised else results
+        again = max(again, most + whole * rematerialised)
+    return kept, again

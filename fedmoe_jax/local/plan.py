@@ -152,7 +152,7 @@ def _uses(parts: Partition, loss_fn: LossFn, batch: Batch, slots: int, leaves: l
 
     try:
         probes = trace(fits)
-    except (TypeError, AttributeError):  # a model that does with weights what a probe cannot: one weight after the other
+    except (TypeError, AttributeError, ValueError):  # a model that does with weights what a probe cannot: one weight after the other
         probes = [_alone(trace, place, len(leaves)) if fit else None for place, fit in enumerate(fits)]
     return [_use(probe) for probe in probes]
 
@@ -160,7 +160,7 @@ def _uses(parts: Partition, loss_fn: LossFn, batch: Batch, slots: int, leaves: l
 def _alone(trace: Any, place: int, number: int) -> Probe | None:
     try:
         return trace([place == other for other in range(number)])[place]
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, ValueError):
         return None
 
 

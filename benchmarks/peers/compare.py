@@ -1,0 +1,58 @@
+"""Simulators on one workload, in turns: clients per second of each, the ratio to ours, and whether all learn the same.
+
+    python benchmarks/peers/compare.py --workloads W1 W2 --fedjax PYTHON >> benchmarks/results/peers.jsonl
+
+Each run is a process of its own. FedJAX runs where an interpreter is given that has it (`pip install fedjax dm-haiku`).
+One JSON line for each simulator and workload: the median over the repeats and its least and most. Test losses may differ by
+2%, as cohorts and the order of batches do, or the command fails.
+"""
+
+import argparse
+import datetime
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+
+from fedmoe_jax.training.metrics import environment
+
+HERE = pathlib.Path(__file__).parent
+
+
+def run(python, script, *arguments):
+    """What one simulator reports."""
+    done = subprocess.run([python, str(HERE / script), *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{script} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", default=["W1", "W2"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--fedjax", metavar="PYTHON", help="an interpreter that has FedJAX")
+    arguments = parser.parse_args()
+    here = sys.executable
+    peers = [(here, "ours.py", "primal"), (here, "ours.py", "auto"), (here, "plain.py", "vmap"), (here, "plain.py", "scan")]
+    if arguments.fedjax:
+        peers.append((arguments.fedjax, "with_fedjax.py"))
+    about = environment()
+    about = dict(device=about["device"], versions=about["versions"], date=datetime.date.today().isoformat())
+    for name in arguments.workloads:
+        runs = [[run(python, script, name, *rest) for python, script, *rest in peers] for _ in range(arguments.repeats)]
+        losses = [result["test_loss"] for results in runs for result in results]
+        if max(losses) > 1.02 * min(losses):
+            raise SystemExit(f"{name}: test losses disagree, {sorted(losses)}")
+        ours = max(statistics.median(result["clients_per_second"] for result in column) for column in list(zip(*runs, strict=True))[:2])
+        for column in zip(*runs, strict=True):
+            rates = [result["clients_per_second"] for result in column]
+            rate = statistics.median(rates)
+            figure = dict(bench="peers", case=f"{name}, {column[0]['peer']}", metric="clients a second", value=rate, unit="1/s")
+            figure |= dict(least=min(rates), most=max(rates), against="the faster of ours", ratio=ours / rate)
+            print(json.dumps(figure | dict(peer_version=column[0]["version"], test_loss=column[0]["test_loss"]) | about), flush=True)
+
+
+if __name__ == "__main__":
+    main()

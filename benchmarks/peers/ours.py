@@ -1,0 +1,78 @@
+"""fedmoe_jax on the workload: python ours.py W1 [primal | auto | dual]. Rounds run in one compiled loop."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import workload
+from flax import nnx
+
+import fedmoe_jax as fm
+from fedmoe_jax.nn.linear import Conv, Linear
+
+
+class Network(nnx.Module):
+    """The MLP as a layer of one expert, to which all goes; or convolutions before a dense layer."""
+
+    def __init__(self, model):
+        given, rngs = workload.weights(model), nnx.Rngs(0)
+        if model == "mlp":
+            self.moe = fm.nn.MoE(784, 128, 1, out_features=10, balance_weight=0.0, z_weight=0.0, rngs=rngs)
+            layers = [(self.moe.w_in, "into"), (self.moe.b_in, "into_bias"), (self.moe.w_out, "out"), (self.moe.b_out, "out_bias")]
+        else:
+            self.first, self.second, self.out = Conv(1, 16, rngs=rngs), Conv(16, 32, rngs=rngs), Linear(7 * 7 * 32, 10, rngs=rngs)
+            self.biases = nnx.List([nnx.Param(jnp.zeros(16)), nnx.Param(jnp.zeros(32))])
+            layers = [(self.first.linear.kernel, "first"), (self.second.linear.kernel, "second"), (self.out.kernel, "out")]
+        for variable, name in layers:
+            variable.set_value(jnp.asarray(given[name]).reshape(variable.get_value().shape))
+
+    def __call__(self, x):
+        if hasattr(self, "moe"):
+            return self.moe(x.reshape(len(x), -1))
+        x = x[..., None]
+        for layer, bias in zip((self.first, self.second), self.biases, strict=True):
+            x = _pooled(jax.nn.relu(layer(x) + bias.get_value()))
+        return self.out(x.reshape(len(x), -1))
+
+
+def _pooled(x):
+    examples, height, width, channels = x.shape
+    return x.reshape(examples, height // 2, 2, width // 2, 2, channels).max((2, 4))
+
+
+def main(name, engine="primal"):
+    work = workload.WORKLOADS[name]
+    x, y, test_x, test_y = workload.data(work.clients)
+    rows = np.arange(x.shape[0] * x.shape[1]).reshape(len(x), -1)
+    population = fm.Population.from_arrays(x.reshape(-1, 28, 28), y.reshape(-1), list(rows))
+    algorithm = fm.federated_moe(
+        Network(work.model), fm.models.losses.cross_entropy, client_optimizer=optax.sgd(workload.RATE),
+        server_optimizer=optax.sgd(1.0), aligner=fm.alignment.full(num_experts=1), cohort_size=work.cohort,
+        batch_size=workload.BATCH, local_epochs=1, solo_examples=0, engine=engine,
+    )  # fmt: skip
+    state, run = algorithm.init(jax.random.key(0), population), fm.rounds(algorithm.step, work.rounds)
+    most = work.rounds
+
+    def some(number):
+        nonlocal state
+        state, _ = run(state, population, jnp.int32(number))
+
+    some(work.warm_up)
+    seconds = workload.timed(lambda _: some(most), workload.Workload(0, 0, "", 0, 1), lambda: jax.block_until_ready(state))
+    model = algorithm_model(work.model, state)
+    loss = -jnp.take_along_axis(jax.nn.log_softmax(model(jnp.asarray(test_x))), jnp.asarray(test_y)[:, None], 1).mean()
+    workload.report(f"fedmoe_jax, {engine}", fm.__version__ + ", JAX " + jax.__version__, name, seconds, float(loss))
+
+
+def algorithm_model(model, state):
+    """The network with the weights that were trained."""
+    from fedmoe_jax.experts import Slots, bind, partition
+
+    parts = partition(Network(model))
+    return bind(parts, state.experts, state.shared, Slots(jnp.ones(1, bool), jnp.zeros(1), None))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
