@@ -1,5 +1,6 @@
 """fedmoe_jax on the workload: python ours.py W1 [primal | auto | dual]. Rounds run in one compiled loop."""
 
+import importlib.metadata
 import sys
 
 import jax
@@ -10,6 +11,7 @@ import workload
 from flax import nnx
 
 import fedmoe_jax as fm
+from fedmoe_jax.experts import Slots, bind
 from fedmoe_jax.nn.linear import Conv, Linear
 
 
@@ -61,17 +63,16 @@ def main(name, engine="primal"):
 
     some(work.warm_up)
     seconds = workload.timed(lambda _: some(most), workload.Workload(0, 0, "", 0, 1), lambda: jax.block_until_ready(state))
-    model = algorithm_model(work.model, state)
+    model = trained(work.model, state)
     loss = -jnp.take_along_axis(jax.nn.log_softmax(model(jnp.asarray(test_x))), jnp.asarray(test_y)[:, None], 1).mean()
-    workload.report(f"fedmoe_jax, {engine}", fm.__version__ + ", JAX " + jax.__version__, name, seconds, float(loss))
+    workload.report(
+        f"fedmoe_jax, {engine}", f"{importlib.metadata.version('fedmoe_jax')}, JAX {jax.__version__}", name, seconds, float(loss)
+    )
 
 
-def algorithm_model(model, state):
+def trained(model, state):
     """The network with the weights that were trained."""
-    from fedmoe_jax.experts import Slots, bind, partition
-
-    parts = partition(Network(model))
-    return bind(parts, state.experts, state.shared, Slots(jnp.ones(1, bool), jnp.zeros(1), None))
+    return bind(fm.partition(Network(model)), state.experts, state.shared, Slots(jnp.ones(1, bool), jnp.zeros(1), None))
 
 
 if __name__ == "__main__":
