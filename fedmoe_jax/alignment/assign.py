@@ -141,7 +141,6 @@ def balanced(
 @functools.partial(jax.jit, static_argnames="return_info")
 def _balanced(fitness, slots, lower, upper, key, prices, return_info):
     """`balanced` on arrays that may be anything: rounds the fitness to integers, solves, and proves the result."""
-    key, pick = jax.random.split(key)
     allowed = jnp.isfinite(fitness)
     fitness = jnp.clip(fitness, -_HUGE, _HUGE)
     slots = jnp.clip(slots, 0, allowed.sum(axis=1)).astype(jnp.int32)
@@ -153,7 +152,7 @@ def _balanced(fitness, slots, lower, upper, key, prices, return_info):
     tied = ~(spread > 0)
     steps = flow.STEPS
     relative = jnp.where(allowed & ~tied, (fitness - least) / jnp.where(tied, 1.0, spread), 0.0)
-    ties = jnp.where(tied, steps, jnp.clip(_indifference(relative, allowed, pick) * steps, 2.0, steps))
+    ties = jnp.where(tied, steps, jnp.clip(_indifference(relative, allowed, jax.random.fold_in(key, 1)) * steps, 2.0, steps))
     unit = jnp.where(tied, _TINY * jnp.maximum(jnp.abs(least), _TINY), spread) / steps
     rounded = jnp.round(relative * (steps - ties)).astype(jnp.int32)
     value = jnp.where(allowed, rounded + (jax.random.uniform(key, fitness.shape) * ties).astype(jnp.int32), 0)
