@@ -46,7 +46,7 @@ def assert_same(data, tolerance=5e-6, **options):
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
 
 
-SLOW = ("nesterov", "decay of kernels only", "schedule")
+SLOW = ("momentum", "nesterov", "decay of kernels only", "schedule")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LINEAR])
@@ -92,11 +92,8 @@ def test_tiles_of_tokens():
     assert_same(data, local_epochs=3, **options)
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
-    "tie_embeddings, remat", [pytest.param(False, False, marks=SLOW), (True, False), pytest.param(False, True, marks=SLOW)]
+    "tie_embeddings, remat", [(True, False), *(pytest.param(False, again, marks=pytest.mark.slow) for again in (False, True))]
 )
 def test_transformer(tie_embeddings, remat):
     text = np.random.default_rng(0).integers(0, 11, (24, 9)).astype(np.int32)
