@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from fedmoe_jax import aggregation, cache, sampling
+from fedmoe_jax import aggregation, cache, sampling, scaffold
 from fedmoe_jax.alignment import capacity
 from fedmoe_jax.base import Aggregator, Aligner, Cohort, LossFn, Population, RoundCost, pytree, stage_key
 from fedmoe_jax.conditions import Conditions, steady
@@ -22,7 +22,8 @@ from fedmoe_jax.local.cohort import Trainer, keep_routers, router_rows
 
 @pytree
 class State:
-    """What the next round reads. `personal` holds each client's own router rows, or None when they are shared.
+    """What the next round reads. `personal` holds each client's own router rows, or None when they are shared; `controls` the
+    control variates of SCAFFOLD, or None without.
 
     `tokens` and `last_trained` have the experts of all groups, group after group. `pace` is how many times as long as its
     profile says each client took lately.
@@ -33,6 +34,7 @@ class State:
     experts: PyTree[Float[Array, "expert ..."]]
     shared: PyTree[Float[Array, "..."]]
     personal: PyTree[Float[Array, "population expert ..."]] | None
+    controls: scaffold.Controls | None
     optimizer: PyTree
     aligner: PyTree
     tokens: Float[Array, " all_experts"]
@@ -72,6 +74,7 @@ def federated_moe(
     chunk_size: int | None = None,
     engine: str = "primal",
     aggregator: Aggregator | None = None,
+    control_variates: bool = False,
     personal_budget_bytes: float = 4e9,
 ) -> Algorithm:
     """Federated training of a model whose experts are spread over clients by an aligner.
@@ -96,7 +99,9 @@ def federated_moe(
       chunk_size: clients trained side by side; all of the cohort if None. Changes results by rounding only.
       engine: how clients train. "primal" gives each its own copy of the weights, "dual" none of a kernel's (see `local.dual`,
         for optimizers that are linear), "auto" whichever costs less for each kernel. Changes results by rounding only.
-      personal_budget_bytes: most that personal routers may take in all.
+      control_variates: clients correct their gradients as in SCAFFOLD, see `scaffold`, which doubles the traffic and keeps a
+        gradient of the whole model for each client of the population. Clients then train with the primal engine.
+      personal_budget_bytes: most that personal routers and control variates may each take in all.
 
     Raises:
       ValueError: naming the argument that cannot be.
@@ -107,24 +112,28 @@ def federated_moe(
     aggregator = aggregation.mean() if aggregator is None else aggregator
     conditions = steady() if conditions is None else conditions
     limit = jnp.inf if deadline is None else deadline
-    used, refused = _engine(engine, client_optimizer, aggregator, parts)
+    used, refused = _engine(engine, client_optimizer, aggregator, parts, control_variates)
     trainer = Trainer(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, prox, router == "personal",
         batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
-        aligner.max_slots, used,
+        aligner.max_slots, used, control_variates,
     )  # fmt: skip
 
     def init(key: Key[Array, ""], population: Population) -> State:
         if cohort_size > population.num_clients:
             raise ValueError(f"cohort_size is {cohort_size}, it must be at most the population, {population.num_clients}")
         personal = router_rows(parts.experts, population.num_clients, personal_budget_bytes) if router == "personal" else None
-        return _start(key, population.num_clients, parts, personal, server_optimizer, aligner)
+        controls = None
+        if control_variates:
+            travels = scaffold.travelling(parts.experts, router == "personal"), parts.shared
+            controls = scaffold.start(*travels, population.num_clients, personal_budget_bytes)
+        return _start(key, population.num_clients, parts, (personal, controls), server_optimizer, aligner)
 
     @jax.jit
     def step(state: State, population: Population) -> tuple[State, Info]:
         key = jax.random.fold_in(state.key, state.round)
         cost = trainer.cost(population, state.round)
-        sampled = sampling.cohort(stage_key(key, "cohort"), population.num_clients, cohort_size)
+        sampled = sampling.of_round(state.key, state.round, population.num_clients, cohort_size)
         available, slowdown = conditions.draw(stage_key(state.key, "conditions"), state.round, sampled)
         examples = trainer.examples(jax.vmap(population.num_examples)(sampled))
         cached = cache.current(state.cache, sampled, state.last_trained)
@@ -137,7 +146,7 @@ def federated_moe(
         on_time = taken <= limit
         trainees = dataclasses.replace(cohort, present=cohort.present & on_time)
         prior = router_prior * alignment.centred
-        delta, routers, feedback, summary = trainer.train(stage_key(key, "local"), state, population, trainees, alignment, prior)
+        delta, routers, controls, feedback, summary = trainer.train(stage_key(key, "local"), state, population, trainees, alignment, prior)
         tokens = combine(feedback.tokens.astype(jnp.float32), alignment.held, jnp.ones(alignment.held.shape), experts)
         (weights, shared), optimizer = _serve(server_optimizer, state, delta, tokens, feedback.examples.sum())
         personal = None
@@ -146,7 +155,7 @@ def federated_moe(
         learnt = aligner.learn(aligned, trainees, alignment, feedback)
         total, last = state.tokens + tokens, jnp.where(tokens > 0, state.round, state.last_trained)
         pace, kept = _of_clients(state, cohort, alignment, taken, planned)
-        new = State(state.key, state.round + 1, weights, shared, personal, optimizer, learnt, total, last, pace, kept)
+        new = State(state.key, state.round + 1, weights, shared, personal, controls, optimizer, learnt, total, last, pace, kept)
         dropped = available & ~admitted | cohort.present & ~on_time
         facts = dict(tokens=tokens, total=total, staleness=state.round - last, dropped=dropped)
         return new, summarize(cohort, trainees, alignment, cost, traffic, jnp.minimum(taken, limit), summary, **facts)
@@ -157,14 +166,14 @@ def federated_moe(
     return Algorithm(init, step, explain)
 
 
-def _start(key, clients, parts, personal, server_optimizer, aligner) -> State:
+def _start(key, clients, parts, own, server_optimizer, aligner) -> State:
     """The state before the first round. Arrays are copied, since one that occurs twice cannot be donated."""
     weights = jax.tree.map(jnp.copy, (parts.experts, parts.shared))
     number = len(groups(parts.experts))
     experts, places = number * num_experts(parts.experts), number * (aligner.max_slots + aligner.probes)
     learnt = jax.tree.map(jnp.copy, aligner.init(clients))
     return State(
-        key=jnp.copy(key), round=jnp.int32(0), experts=weights[0], shared=weights[1], personal=personal,
+        key=jnp.copy(key), round=jnp.int32(0), experts=weights[0], shared=weights[1], personal=own[0], controls=own[1],
         optimizer=server_optimizer.init(weights), aligner=learnt, tokens=jnp.zeros(experts), last_trained=jnp.full(experts, -1, jnp.int32),
         pace=jnp.ones(clients), cache=cache.empty(clients, places),
     )  # fmt: skip
@@ -246,12 +255,14 @@ def _serve(server_optimizer, state, delta, tokens, examples):
     return (experts, jax.tree.map(lambda new, value: jnp.where(examples > 0, new, value), shared, state.shared)), optimizer
 
 
-def _engine(engine: str, client_optimizer: Any, aggregator: Aggregator, parts: Any) -> tuple[str, str | None]:
+def _engine(engine: str, client_optimizer: Any, aggregator: Aggregator, parts: Any, control_variates: bool) -> tuple[str, str | None]:
     """The engine to use, primal where the dual one cannot serve the optimizer or the aggregator, and then why it cannot."""
     if engine not in ("auto", "primal", "dual"):
         raise ValueError(f"engine is {engine!r}, it must be 'auto', 'primal' or 'dual'")
     reason = None
-    if engine != "primal" and aggregator.needs != "sum":
+    if engine != "primal" and control_variates:
+        reason = "control_variates are added to each client's gradients"
+    elif engine != "primal" and aggregator.needs != "sum":
         reason = f"the aggregator needs {aggregator.needs} of each client"
     elif engine != "primal" and not plan.is_linear(client_optimizer, (parts.experts, parts.shared)):
         reason = "client_optimizer is not linear in the gradient of each weight"

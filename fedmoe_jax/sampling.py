@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
+from fedmoe_jax.base import stage_key
+
 _ROUNDS = 6
 _MIN_HALF_BITS = 3  # below this a Feistel network of six rounds reaches few permutations
 
@@ -44,6 +46,11 @@ def permutation(key: Key[Array, ""], position: Int[Array, "*shape"], size: Int[A
 def cohort(key: Key[Array, ""], population: int, size: int) -> Int[Array, " client"]:
     """A uniform sample of `size` clients without replacement: a state-free function of the round's key."""
     return permutation(key, jnp.arange(size), population)
+
+
+def of_round(key: Key[Array, ""], round: Int[Array, ""], population: int, size: int) -> Int[Array, " client"]:
+    """The cohort of a round of a run that began with `key`."""
+    return cohort(stage_key(jax.random.fold_in(key, round), "cohort"), population, size)
 
 
 def _mix(value):

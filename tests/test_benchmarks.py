@@ -10,6 +10,7 @@ import pytest
 COMMANDS = {
     "rounds": ["--clients", "300", "--cohort", "12", "--rounds", "2", "--repeats", "1"],
     "engines": ["--cases", "small", "--rounds", "2"],
+    "streaming": ["--clients", "30", "--cohort", "6", "--rounds", "4", "--block", "2", "--repeats", "1"],
     "convolutions": ["--small", "--repeats", "1"],
     "peers/compare": ["--workloads", "tiny", "--repeats", "1"],
 }

@@ -29,6 +29,9 @@ LINEAR = {
 }
 
 
+LAYERS = [dict(token_capacity=1.0), dict(activation="swiglu"), dict(shared_experts=1)]
+
+
 def both(data, count=2, **options):
     """(state, info) after `count` rounds by the primal and by the dual engine, and how far the former came."""
     primal, dual = (run(algorithm(engine=engine, **options), data, count) for engine in ("primal", "dual"))
@@ -46,10 +49,8 @@ def assert_same(data, tolerance=5e-6, **options):
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
 
 
-SLOW = ("momentum", "nesterov", "decay of kernels only", "schedule")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LINEAR])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LINEAR)
 def test_optimizers(name):
     """Clients of 1 to 9 examples take 1 to 3 steps an epoch."""
     assert_same(population(), client_optimizer=LINEAR[name], local_epochs=1)
@@ -59,12 +60,18 @@ def test_loop_of_many_steps():
     assert_same(population(), client_optimizer=LINEAR["momentum"], local_steps=11)
 
 
-@pytest.mark.parametrize("options", [dict(prox=0.5, chunk_size=2), dict(solo_examples=4, router="personal", router_prior=2.0)], ids=str)
+OPTIONS = {
+    "decay, prox and chunks": dict(client_optimizer=LINEAR["weight decay"], prox=0.5, chunk_size=2),
+    "solo, personal router and prior": dict(solo_examples=4, router="personal", router_prior=2.0),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_options(options):
-    assert_same(population(), **options)
+    assert_same(population(), **OPTIONS[options])
 
 
-@pytest.mark.parametrize("cohort", [pytest.param(3, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("cohort", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_more_and_fewer_pairs_than_experts(cohort):
     assert_same(population(), cohort_size=cohort, aligner=small_round.aligner(max_slots=1))
 
@@ -74,7 +81,7 @@ def test_clients_with_fewer_slots_or_none():
 
 
 @pytest.mark.parametrize(
-    "moe", [dict(token_capacity=1.0), dict(activation="swiglu"), pytest.param(dict(shared_experts=1), marks=pytest.mark.slow)], ids=str
+    "moe", [dict(token_capacity=1.0, activation="swiglu"), *(pytest.param(moe, marks=pytest.mark.slow) for moe in LAYERS)], ids=str
 )
 def test_layers(moe):
     assert_same(population(), of=small_round.model(top_k=2, **moe), aligner=small_round.aligner(max_slots=3))
@@ -100,7 +107,7 @@ def test_transformer(tie_embeddings, remat):
     data = Population.from_arrays(text[:, :-1], text[:, 1:], list(np.arange(24).reshape(4, 6)))
     small = dict(layers=2, features=8, heads=2, kv_heads=1, expert_hidden=6, tie_embeddings=tie_embeddings, remat=remat)
     net = models.create("transformer", input_shape=(8,), num_classes=11, num_experts=4, top_k=1, seed=0, per_layer=True, **small)
-    assert_same(data, of=net, cohort_size=4, batch_size=2, solo_examples=2, aligner=alignment.random(num_experts=4, max_slots=2, groups=2))
+    assert_same(data, of=net, cohort_size=4, batch_size=2, aligner=alignment.random(num_experts=4, max_slots=2, groups=2))
 
 
 def test_what_is_computed_again_stays_primal():

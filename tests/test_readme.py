@@ -32,7 +32,7 @@ def test_own_model_is_accepted():
 def test_own_model_trains_by_name(tmp_path, monkeypatch):
     (tmp_path / "mymodel.py").write_text(BLOCKS[1])
     monkeypatch.chdir(tmp_path)
-    small = ["--population", "20", "--cohort", "5", "--experts", "4", "--rounds", "2", "--eval_every", "2"]
+    small = ["--population", "20", "--cohort", "5", "--experts", "4", "--rounds", "2", "--eval_every", "2", "--aligner", "greedy"]
     assert cli.main(["train", "--model", "mymodel:make", *small, "--out", "runs/mine"]) == 0
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
 
@@ -40,7 +40,7 @@ def test_own_model_trains_by_name(tmp_path, monkeypatch):
 def test_own_data_trains_by_name(tmp_path, monkeypatch):
     (tmp_path / "mydata.py").write_text(BLOCKS[2])
     monkeypatch.chdir(tmp_path)
-    small = ["--population", "20", "--cohort", "5", "--experts", "4", "--rounds", "20", "--eval_every", "20"]
+    small = ["--population", "20", "--cohort", "5", "--experts", "4", "--rounds", "20", "--eval_every", "20", "--aligner", "greedy"]
     assert cli.main(["train", "--data", "mydata:blobs", *small, "--out", "runs/blobs"]) == 0
     assert metrics.read_json(tmp_path / "runs" / "blobs" / "summary.json")["last"]["eval_accuracy"] > 0.5
 

@@ -53,28 +53,14 @@ class Population:
         Raises:
           ValueError: if the argument that it names has a wrong dtype, length or index.
         """
-        for name, array in (("x", x), ("y", y)):
-            if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
-                raise ValueError(f"{name} must hold real numbers, not {array.dtype}")
-            if array.ndim == 0:
-                raise ValueError(f"{name} must have one row an example, not be a single number")
-        if len(x) != len(y):
-            raise ValueError(f"y must have as many rows as x: {len(y)} against {len(x)}")
-        order, sizes = _index(client_indices, len(x))
-        num_clients = len(sizes)
-        if profile is None:
-            profile = ClientProfile.sample(jax.random.key(0), num_clients, source="uniform")
-        for name, values in vars(profile).items():
-            if values.shape != (num_clients,):
-                raise ValueError(f"profile.{name} must have shape ({num_clients},), one entry a client, not {values.shape}")
-        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        order, offsets, profile = checked(x, y, client_indices, profile)
         return cls(
             x=jnp.asarray(x),
             y=jnp.asarray(y),
             order=jnp.asarray(order, jnp.int32),
             offsets=jnp.asarray(offsets, jnp.int32),
             profile=profile,
-            largest=int(sizes.max()),
+            largest=int(np.diff(offsets).max()),
         )
 
     @property
@@ -104,6 +90,30 @@ class Population:
         client = jnp.where(exists, client, 0)
         start = self.offsets[client]
         return start, jnp.where(exists, self.offsets[client + 1] - start, 0)
+
+
+def checked(
+    x: Array | np.ndarray, y: Array | np.ndarray, client_indices: Sequence[np.ndarray], profile: ClientProfile | None
+) -> tuple[np.ndarray, np.ndarray, ClientProfile]:
+    """The rows sorted by client, where each client starts in them, and the profile, by default the same plain phone for all.
+
+    Raises:
+      ValueError: as `Population.from_arrays`.
+    """
+    for name, array in (("x", x), ("y", y)):
+        if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+            raise ValueError(f"{name} must hold real numbers, not {array.dtype}")
+        if array.ndim == 0:
+            raise ValueError(f"{name} must have one row an example, not be a single number")
+    if len(x) != len(y):
+        raise ValueError(f"y must have as many rows as x: {len(y)} against {len(x)}")
+    order, sizes = _index(client_indices, len(x))
+    if profile is None:
+        profile = ClientProfile.sample(jax.random.key(0), len(sizes), source="uniform")
+    for name, values in vars(profile).items():
+        if values.shape != (len(sizes),):
+            raise ValueError(f"profile.{name} must have shape ({len(sizes)},), one entry a client, not {values.shape}")
+    return order, np.concatenate([[0], np.cumsum(sizes)]), profile
 
 
 def _index(client_indices, num_examples):

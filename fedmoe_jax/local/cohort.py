@@ -11,11 +11,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from fedmoe_jax import scaffold, store
 from fedmoe_jax.base import NO_EXPERT, Aggregator, Alignment, ClientUpdate, Cohort, Feedback, LossFn, Population, RoundCost, client_keys
 from fedmoe_jax.experts import Partition, RouterParam, by_group, combine, groups, map_groups
 from fedmoe_jax.kernels import DualKernel, is_dual, is_finite
 from fedmoe_jax.local import dual, plan, primal
-from fedmoe_jax.local.cost import expert_bytes, round_cost, tree_bytes
+from fedmoe_jax.local.cost import expert_bytes, round_cost
 
 
 class Trainer(NamedTuple):
@@ -34,6 +35,7 @@ class Trainer(NamedTuple):
     aggregator: Aggregator
     max_slots: int
     engine: str
+    control_variates: bool
 
     def optimizer(self, round: Any) -> optax.GradientTransformation:
         """The client optimizer of a round."""
@@ -45,12 +47,15 @@ class Trainer(NamedTuple):
         optimizer = self.optimizer(round)
         solo = batch_shape(population, self.solo_examples) if self.solo_examples else None
         batch = batch_shape(population, self.batch_size)
-        options: dict[str, Any] = dict(personal_router=self.personal, solo_batch=solo, max_slots=self.max_slots)
+        options: dict[str, Any] = self._traffic() | dict(solo_batch=solo, max_slots=self.max_slots)
         return round_cost(self.parts, self.loss_fn, optimizer, batch, **options)
+
+    def _traffic(self) -> dict[str, bool]:
+        return dict(personal_router=self.personal, control_variates=self.control_variates)
 
     def expert_bytes(self) -> Float[Array, " group"]:
         """What one expert of each group takes on one direction of the link."""
-        return jnp.array(expert_bytes(self.parts.experts, personal_router=self.personal), jnp.float32)
+        return jnp.array(expert_bytes(self.parts.experts, **self._traffic()), jnp.float32)
 
     def examples(self, owned: Any) -> Any:
         """Examples that a client with `owned` examples processes in a round."""
@@ -61,7 +66,7 @@ class Trainer(NamedTuple):
 
         Returns:
           (expert deltas, shared deltas), what each client added to its own router rows [client, slot, ...] (None when they are
-          shared), Feedback, (mean training loss, rejected updates).
+          shared), the new control variates (None without), Feedback, (mean training loss, rejected updates).
         """
         size = cohort.client.shape[0]
         chunks = -(-size // self.chunk_size)
@@ -72,13 +77,13 @@ class Trainer(NamedTuple):
         rows = (keys, cohort.client, cohort.present, alignment.held, alignment.probed, prior)
         rows = jax.tree.map(lambda row: _chunked(row[order], chunks, self.chunk_size), rows)
         train_chunk = self._chunk_function(state, population, self.uses(population))
-        total = self.aggregator.init(state.experts, state.shared)
-        total, out = jax.lax.scan(train_chunk, total, rows)
+        start = self.aggregator.init(state.experts, state.shared), state.controls
+        (total, controls), out = jax.lax.scan(train_chunk, start, rows)
         feedback, routers, loss, rejected = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][jnp.argsort(order)], out)
         feedback = Feedback(*feedback)
         examples = feedback.examples
         train_loss = (loss * examples).sum() / jnp.maximum(examples.sum(), 1)
-        return self.aggregator.finish(total), routers, feedback, (train_loss, rejected.sum())
+        return self.aggregator.finish(total), routers, controls, feedback, (train_loss, rejected.sum())
 
     def plan(self, population: Population) -> tuple[plan.Choice, ...]:
         """The engine of each weight, and why."""
@@ -95,11 +100,12 @@ class Trainer(NamedTuple):
         return tuple(choice.use for choice in self.plan(population))
 
     def _chunk_function(self, state, population, uses) -> Callable[[Any, Any], Any]:
-        client = jax.vmap(lambda *row: self._client(state, population, uses, *row))
         bases = jax.tree.leaves((state.experts, state.shared))
 
-        def train_chunk(total, rows):
-            update, feedback, loss, rejected, finite = client(*rows)
+        def train_chunk(carry, rows):
+            total, controls = carry
+            client = jax.vmap(lambda *row: self._client(state, population, uses, controls, *row))
+            update, feedback, loss, rejected, finite, gradient = client(*rows)
             if any(uses):  # their rows are large: look at them again only if that is needed
                 update = jax.lax.cond(finite.all(), lambda update: update, functools.partial(_without, finite), update)
             update, routers = _with_bases(ClientUpdate(*update), bases), None
@@ -107,11 +113,14 @@ class Trainer(NamedTuple):
                 routers, experts = nnx.split_state(update.experts, RouterParam, ...)
                 nothing = jax.tree.map(jnp.zeros_like, routers)
                 update = dataclasses.replace(update, experts=nnx.merge_state(nothing, experts))
-            return self.aggregator.add(total, update), (feedback, routers, loss, rejected)
+            if controls is not None:
+                _, number, present, *_ = rows
+                controls = scaffold.learn(controls, number, present & finite, update.held, gradient, update.tokens, update.examples)
+            return (self.aggregator.add(total, update), controls), (feedback, routers, loss, rejected)
 
         return train_chunk
 
-    def _client(self, state, population, uses, key, client, present, held, probed, prior):
+    def _client(self, state, population, uses, controls, key, client, present, held, probed, prior):
         """One client: solo evaluation of what it received, training, and a check that its update is finite."""
         names = groups(self.parts.experts)
         slots = held.shape[0] // len(names)
@@ -129,6 +138,8 @@ class Trainer(NamedTuple):
         options = sizes | dict(parts=self.parts, loss_fn=self.loss_fn, optimizer=self.optimizer(state.round), prox=self.prox)
         own = jax.tree.map(lambda weight: weight[:slots], candidates, is_leaf=is_dual)
         args = jax.random.fold_in(key, 0), population, client, own, state.shared, filled, prior
+        if controls is not None:
+            options["correction"] = self._correction(scaffold.correction(controls, state.controls.sums, client, held), own)
         result = primal.train(*args, **options) if not any(uses) else dual.train(*args, uses=uses, **options)
         finite = jnp.stack(list(map(is_finite, jax.tree.leaves(result, is_leaf=is_dual)))).all()
         good = present & finite
@@ -141,7 +152,15 @@ class Trainer(NamedTuple):
         whole = tokens.astype(jnp.int32)
         feedback = (examples, whole, result.correct / count, result.loss / count, solo)
         update = (result.shared, result.experts, held, examples, whole)
-        return update, feedback, result.train_loss / jnp.maximum(result.trained, 1), present & ~finite, finite
+        gradient = result.gradient and (scaffold.travelling(result.gradient[0], self.personal), result.gradient[1])
+        return update, feedback, result.train_loss / jnp.maximum(result.trained, 1), present & ~finite, finite, gradient
+
+    def _correction(self, correction, experts):
+        """The correction of all weights: router rows that stay on the client have no control variate."""
+        if not self.personal:
+            return correction
+        routers = jax.tree.map(jnp.zeros_like, nnx.split_state(experts, RouterParam, ...)[0])
+        return nnx.merge_state(routers, correction[0]), correction[1]
 
 
 def receive(experts: Any, held: Int[Array, " slot"], uses: Any) -> Any:
@@ -187,17 +206,13 @@ def router_rows(experts: Any, num_clients: int, budget_bytes: float) -> Any:
     rows = nnx.split_state(experts, RouterParam, ...)[0]
     if not jax.tree.leaves(rows):
         raise ValueError("router is 'personal', but the model has no RouterParam")
-    needed = num_clients * tree_bytes(rows)
-    if needed > budget_bytes:
-        raise ValueError(f"router is 'personal', which takes {needed} bytes for {num_clients} clients; the budget is {budget_bytes:.0f}")
-    return jax.tree.map(lambda row: jnp.repeat(row[None], num_clients, 0), rows)
+    return store.create(rows, num_clients, budget_bytes, "router is 'personal'")
 
 
 def own_routers(experts: Any, personal: Any, client: Int[Array, ""], held: Int[Array, " slot"]) -> Any:
     """The gathered weights of a client's slots, with its own router rows in place of the model's."""
     _, others = nnx.split_state(experts, RouterParam, ...)
-    own = map_groups(lambda held, rows: rows[client, jnp.maximum(held, 0) % rows.shape[1]], groups(experts), held, personal)
-    return nnx.merge_state(own, others)
+    return nnx.merge_state(store.of_slots(personal, client, held, groups(experts)), others)
 
 
 def keep_routers(personal: Any, experts: Any, deltas: Any, cohort: Cohort, held: Any) -> tuple[Any, Any]:
@@ -205,13 +220,7 @@ def keep_routers(personal: Any, experts: Any, deltas: Any, cohort: Cohort, held:
     names = groups(experts)
     num_clients, num_experts = jax.tree.leaves(personal)[0].shape[:2]
     own = cohort.present[:, None] & (held != NO_EXPERT)
-
-    def add(rows_of, rows, delta):
-        held, own = rows_of
-        slot = jnp.where(own, held % num_experts, num_experts)
-        return rows.at[cohort.client[:, None], slot].add(delta, mode="drop")
-
-    personal = map_groups(add, names, (held, own), personal, deltas)
+    personal = store.add_to_slots(personal, cohort.client, cohort.present, held, deltas, names)
     rows, others = nnx.split_state(experts, RouterParam, ...)
     share = jnp.where(own, 1 / num_clients, 0.0)
     rows = jax.tree.map(jnp.add, rows, combine(deltas, held, share, num_experts, names))

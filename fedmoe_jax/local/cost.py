@@ -55,12 +55,15 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def expert_bytes(experts: Any, *, personal_router: bool = False) -> tuple[int, ...]:
-    """Bytes of one expert of each group that travel, in the order of `experts.groups`; without router rows that stay on the client."""
+def expert_bytes(experts: Any, *, personal_router: bool = False, control_variates: bool = False) -> tuple[int, ...]:
+    """Bytes of one expert of each group that travel, in the order of `experts.groups`; without router rows that stay on the client.
+
+    With `control_variates` a control variate travels with each weight.
+    """
     total = dict.fromkeys(groups(experts), 0)
     for variable in jax.tree.leaves(experts, is_leaf=lambda node: isinstance(node, nnx.Variable)):
         if not (personal_router and isinstance(variable, RouterParam)):
-            total[variable.group] += tree_bytes(variable) // variable.shape[0]
+            total[variable.group] += (1 + control_variates) * tree_bytes(variable) // variable.shape[0]
     return tuple(total.values())
 
 
@@ -71,6 +74,7 @@ def round_cost(
     batch: Batch,
     *,
     personal_router: bool = False,
+    control_variates: bool = False,
     solo_batch: Batch | None = None,
     max_slots: int = 1,
 ) -> RoundCost:
@@ -79,6 +83,7 @@ def round_cost(
     Args:
       batch: one batch's shapes (arrays or `jax.ShapeDtypeStruct`).
       personal_router: whether router rows stay on the client and do not travel.
+      control_variates: whether a control variate travels with each weight; a client then also keeps its correction and mean gradient.
       solo_batch: shapes of the batch on which experts are scored alone; None if they are not.
       max_slots: experts that the client holds of each other group while one is scored alone, at most.
 
@@ -110,11 +115,12 @@ def round_cost(
         return count_flops(score, jax.random.key(0), solo_batch, held(candidates), parts.shared, jnp.ones(slots, bool), jnp.zeros(slots))
 
     kept = max(activations(3) - activations(2), 0)  # the program of a single expert is another, without a batch of experts
-    travels = sum(expert_bytes(parts.experts, personal_router=personal_router))
-    copies = 3.0 + tree_bytes(jax.eval_shape(optimizer.init, one)) / tree_bytes(one)
+    copies = 3.0 + 2.0 * control_variates + tree_bytes(jax.eval_shape(optimizer.init, one)) / tree_bytes(one)
     shared_bytes = tree_bytes(parts.shared)
+    each = expert_bytes(parts.experts, personal_router=personal_router, control_variates=control_variates)
+    travels = (1 + control_variates) * shared_bytes, sum(each)
     memory = copies * shared_bytes + max(activations(2) - 2 * kept, 0), copies * tree_bytes(one) + kept
-    numbers = (shared_bytes, travels, *memory, *_shared_and_each(flops), *_shared_and_each(solo, max_slots if num_groups > 1 else 1))
+    numbers = (*travels, *memory, *_shared_and_each(flops), *_shared_and_each(solo, max_slots if num_groups > 1 else 1))
     return RoundCost(*(jnp.float32(number) for number in numbers))
 
 

@@ -20,7 +20,7 @@ class LocalResult:
     """What one client's training leaves: the deltas of what it received, and sums over all its local steps.
 
     Weights have the slots of their group, sums those of all groups, group after group. Where the dual engine trained a kernel,
-    its delta is a `kernels.DualDelta`.
+    its delta is a `kernels.DualDelta`. `gradient` is the mean of (experts, shared) over the steps, where it was corrected.
     """
 
     experts: PyTree
@@ -30,6 +30,7 @@ class LocalResult:
     loss: Float[Array, " all_slots"]
     train_loss: Float[Array, ""]
     trained: Float[Array, ""]
+    gradient: PyTree | None = None
 
 
 def objective(
@@ -83,32 +84,39 @@ def train(
     local_epochs: int | None,
     local_steps: int | None,
     prox: float,
+    correction: PyTree | None = None,
 ) -> LocalResult:
     """Trains one client's slots and its copy of the shared parameters; vmap lifts it to a cohort.
 
     `experts` has the slots of each weight's group, `held` and `prior` those of all groups, group after group.
-    `prox` is the weight of FedProx's pull towards the received weights (Li et al., MLSys 2020, eq. 2). Under vmap clients
-    with fewer steps wait, unchanged, for the one with the most.
+    `prox` is the weight of FedProx's pull towards the received weights (Li et al., MLSys 2020, eq. 2). `correction`, of
+    (experts, shared), is added to each gradient, see `scaffold`. Under vmap clients with fewer steps wait, unchanged, for the
+    one with the most.
     """
     received = (experts, shared)
     gradient = jax.grad(lambda weights, *args: objective(parts, loss_fn, *weights, *args), has_aux=True)
 
     def step(index, carry):
-        weights, optimizer_state, (tokens, correct, loss, total, trained) = carry
+        weights, optimizer_state, (tokens, correct, loss, total, trained), seen = carry
         batch = local_batch(key, population, client, index, batch_size)
         grads, (losses, rights, sent) = gradient(weights, batch, held, prior, jax.random.fold_in(key, index))
+        if correction is not None:
+            seen = jax.tree.map(jnp.add, seen, grads)
+            grads = jax.tree.map(jnp.add, grads, correction)
         if prox:
             grads = jax.tree.map(lambda g, w, w0: g + prox * (w - w0), grads, weights, received)
         updates, optimizer_state = optimizer.update(grads, optimizer_state, weights)
         sums = (tokens + sent.sum(0), correct + rights @ sent, loss + losses @ sent, total + losses.sum(), trained + batch.mask.sum())
-        return optax.apply_updates(weights, updates), optimizer_state, sums
+        return optax.apply_updates(weights, updates), optimizer_state, sums, seen
 
     none = jnp.zeros(held.shape[0])
-    start = (received, optimizer.init(received), (none, none, none, jnp.zeros(()), jnp.zeros(())))
+    unseen = None if correction is None else jax.tree.map(jnp.zeros_like, received)
+    start = (received, optimizer.init(received), (none, none, none, jnp.zeros(()), jnp.zeros(())), unseen)
     steps = num_steps(population.num_examples(client), batch_size=batch_size, local_epochs=local_epochs, local_steps=local_steps)
-    weights, _, sums = jax.lax.fori_loop(0, steps, step, start)
+    weights, _, sums, seen = jax.lax.fori_loop(0, steps, step, start)
     delta_experts, delta_shared = jax.tree.map(jnp.subtract, weights, received)
-    return LocalResult(delta_experts, delta_shared, *sums)
+    result = LocalResult(delta_experts, delta_shared, *sums)
+    return dataclasses.replace(result, gradient=jax.tree.map(lambda total: total / jnp.maximum(steps, 1), seen))
 
 
 def solo_losses(

@@ -80,6 +80,8 @@ class TrainConfig:
     """Server learning rate over the rounds: constant, cosine or linear."""
     prox: float = 0.0
     """Weight of the FedProx term, which pulls clients to the global model."""
+    control_variates: bool = False
+    """Clients correct their gradients as in SCAFFOLD, which doubles the traffic."""
     aligner: str = "balanced"
     """Who trains which expert: random, greedy, load_only, balanced, full, or package.module:name."""
     assignment: str = "shared"
@@ -114,6 +116,8 @@ class TrainConfig:
     """Type of the computation: float32 or bfloat16."""
     chunk: int | None = None
     """Clients trained at once; chosen from the memory if not given."""
+    stream: int | None = None
+    """Rounds whose examples are on the device at once, the others staying on the host; all examples are there if not given."""
     seed: int = 0
     """Of the split, the initial weights and the sampling."""
     eval_every: int = 20
@@ -144,7 +148,7 @@ _NAMES = {
 _CUSTOM = ("model", "aligner", "profile")
 _LEAST = {
     **dict.fromkeys(("classes_per_client", "population", "cohort", "experts", "slots", "top_k", "rounds", "local_epochs"), 1),
-    **dict.fromkeys(("local_steps", "batch_size", "eval_every", "checkpoint_every", "chunk"), 1),
+    **dict.fromkeys(("local_steps", "batch_size", "eval_every", "checkpoint_every", "chunk", "stream"), 1),
     **dict.fromkeys(("shared_experts", "probes", "seed", "balance_weight", "prox", "router_prior", "tolerance"), 0),
     **dict.fromkeys(("demand", "speed_bias", "speed_jitter"), 0),
 }

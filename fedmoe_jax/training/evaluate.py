@@ -14,13 +14,10 @@ from fedmoe_jax.data import sources
 from fedmoe_jax.experts import Slots, bind, gather, groups, num_experts
 from fedmoe_jax.local.cohort import own_routers
 from fedmoe_jax.round import State
-from fedmoe_jax.sampling import cohort as sample
 from fedmoe_jax.training.checkpoint import Checkpoints
 from fedmoe_jax.training.config import TrainConfig
-from fedmoe_jax.training.setup import Setup, build
+from fedmoe_jax.training.setup import Setup, build, evaluated
 
-MAX_CLIENTS = 1000
-"""Clients whose own accuracy is measured; of a larger population a fixed random sample."""
 _BATCH = 256
 _CLIENT_BATCH = 32
 _CHUNK = 50
@@ -55,11 +52,7 @@ def global_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
 
 def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], dict[str, Any]]:
     """evaluate(state) -> client_accuracy_mean and client_accuracy_p10 over clients that have test examples, `chunk` at once."""
-    population = setup.population
-    everyone = jnp.arange(population.num_clients)
-    if population.num_clients > MAX_CLIENTS:
-        everyone = sample(jax.random.key(setup.config.seed), population.num_clients, MAX_CLIENTS)
-    cost = setup.cost()
+    everyone, cost = evaluated(setup.config.seed, setup.population.num_clients), setup.cost()
 
     def accuracy(state, holdout, client, held, prior):
         experts = gather(state.experts, held)

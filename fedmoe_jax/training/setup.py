@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,17 +25,24 @@ from fedmoe_jax.local.cost import round_cost
 from fedmoe_jax.local.plan import chunk_size
 from fedmoe_jax.local.primal import num_processed
 from fedmoe_jax.round import Algorithm, State, admit, federated_moe
+from fedmoe_jax.sampling import cohort as sample
 from fedmoe_jax.training import profiles
 from fedmoe_jax.training.config import MODELS, PROFILE_FILES, TrainConfig, num_clients
-from fedmoe_jax.training.metrics import write_bytes
+from fedmoe_jax.training.stream import Stream
+from fedmoe_jax.training.weights import load_weights
 
 LOCAL_TEST_FRACTION = 0.2
 """Share of each client's examples that is its own test split."""
+MAX_CLIENTS = 1000
+"""Clients whose own accuracy is measured, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run is made of. `population` holds the clients' training examples, `holdout` their own test splits."""
+    """What a run is made of. `population` holds the clients' training examples, `holdout` their own test splits.
+
+    With a `stream`, which then has the training examples, the population knows their number only.
+    """
 
     config: TrainConfig
     population: Population
@@ -48,6 +54,7 @@ class Setup:
     aligner: Aligner
     loss_fn: Any
     fitness: Fitness
+    stream: Stream | None = None
 
     def algorithm(self, chunk: int) -> Algorithm:
         """The round, with `chunk` clients trained side by side."""
@@ -59,7 +66,7 @@ class Setup:
             cohort_size=config.cohort, batch_size=config.batch_size, local_steps=config.local_steps,
             local_epochs=None if config.local_steps is not None else config.local_epochs, prox=config.prox, router=config.router,
             router_prior=config.router_prior, deadline=config.deadline, chunk_size=chunk, conditions=conditions,
-            solo_examples=self.solo_examples, engine=config.engine,
+            solo_examples=self.solo_examples, engine=config.engine, control_variates=config.control_variates,
         )  # fmt: skip
 
     def aligner_scores(self, state: State) -> Any:
@@ -95,7 +102,8 @@ class Setup:
         config = self.config
         solo = batch_shape(self.population, solo_examples) if solo_examples else None
         optimizer = client_optimizer(config)(jnp.int32(0))
-        options: dict[str, Any] = dict(personal_router=config.router == "personal", solo_batch=solo, max_slots=self.aligner.max_slots)
+        options: dict[str, Any] = dict(personal_router=config.router == "personal", control_variates=config.control_variates)
+        options |= dict(solo_batch=solo, max_slots=self.aligner.max_slots)
         return round_cost(self.parts, self.loss_fn, optimizer, batch_shape(self.population, config.batch_size), **options)
 
     def _processed(self, client: jax.Array) -> jax.Array:
@@ -132,17 +140,26 @@ def build(config: TrainConfig) -> Setup:
     dataset = sources.load(config.data)  # a test set that must be drawn is the same for every seed
     clients = _clients(config, dataset)
     train, held_out = splits.holdout(clients, LOCAL_TEST_FRACTION, config.seed)
+    profile, test = _profile(config, len(clients)), (jnp.asarray(dataset.test_x), jnp.asarray(dataset.test_y))
+    if config.stream is not None:
+        stream, of_test = (Stream.from_arrays(dataset.x, dataset.y, owned, profile) for owned in (train, held_out))
+        holdout = of_test.window(np.asarray(evaluated(config.seed, len(clients))))
+        return dataclasses.replace(_assemble(config, stream.index, holdout, test, dataset.num_classes), stream=stream)
     x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
-    profile = _profile(config, len(clients))
-    population = Population.from_arrays(x, y, train, profile)
-    holdout = Population.from_arrays(x, y, held_out, profile)
-    test = (jnp.asarray(dataset.test_x), jnp.asarray(dataset.test_y))
+    population, holdout = (Population.from_arrays(x, y, owned, profile) for owned in (train, held_out))
     return _assemble(config, population, holdout, test, dataset.num_classes)
+
+
+def evaluated(seed: int, num_clients: int) -> jax.Array:
+    """The clients whose own accuracy is measured: all, or of a larger population a fixed random sample."""
+    most = min(num_clients, MAX_CLIENTS)
+    return jnp.arange(num_clients) if most == num_clients else sample(jax.random.key(seed), num_clients, most)
 
 
 def variant(setup: Setup, config: TrainConfig) -> Setup:
     """The same clients and data, not copied, with the model and aligner of `config`, which differs in seed or aligner only."""
-    return _assemble(config, setup.population, setup.holdout, setup.test, setup.num_classes)
+    made = _assemble(config, setup.population, setup.holdout, setup.test, setup.num_classes)
+    return dataclasses.replace(made, stream=setup.stream)
 
 
 def _clients(config: TrainConfig, dataset: sources.Dataset) -> list[np.ndarray]:
@@ -263,34 +280,3 @@ def _profile(config: TrainConfig, num_clients: int) -> ClientProfile:
     elif ":" in config.profile:
         return foreign(config.profile, "profile", ClientProfile, num_clients=num_clients)
     return ClientProfile.sample(stage_key(jax.random.key(config.seed), "profile"), num_clients, source=source)
-
-
-def save_weights(path: Path, state: State) -> None:
-    """Writes the global model's weights as an .npz of named arrays, atomically."""
-    named = {"/".join(map(str, key)): np.asarray(value) for key, value in _named(state.experts, state.shared).items()}
-    write_bytes(path, lambda file: np.savez(file, allow_pickle=False, **named))
-
-
-def load_weights(model: nnx.Module, source: str) -> None:
-    """Puts the weights of a run folder or .npz file into `model`.
-
-    Raises:
-      ValueError: naming init_from, if they cannot be read or do not fit the model.
-    """
-    path = Path(source) / "weights.npz" if Path(source).is_dir() else Path(source)
-    try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-    except Exception as error:  # a damaged archive can raise almost anything
-        raise ValueError(f"init_from: {source} holds no readable weights ({error})") from None
-    parts = partition(model)
-    for key, variable in (*nnx.to_flat_state(parts.experts), *nnx.to_flat_state(parts.shared)):
-        name = "/".join(map(str, key))
-        if name not in found or found[name].shape != variable.shape:
-            raise ValueError(f"init_from: {source} does not fit the model: {name} is missing or not of shape {variable.shape}")
-        variable.set_value(jnp.asarray(found[name], variable.dtype))
-    nnx.update(model, parts.experts, parts.shared)
-
-
-def _named(*states: Any) -> dict[Any, Any]:
-    return {key: variable.get_value() for state in states for key, variable in nnx.to_flat_state(state)}

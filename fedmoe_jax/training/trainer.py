@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedmoe_jax.data.population import Population
 from fedmoe_jax.info import Info
 from fedmoe_jax.round import State, rounds
 from fedmoe_jax.training import metrics
@@ -22,7 +23,8 @@ from fedmoe_jax.training.metrics import MetricsLog, Record
 from fedmoe_jax.training.plots import draw_run
 from fedmoe_jax.training.progress import Progress
 from fedmoe_jax.training.report import write_report
-from fedmoe_jax.training.setup import Setup, build, save_weights
+from fedmoe_jax.training.setup import Setup, build
+from fedmoe_jax.training.weights import save_weights
 
 Callback = Callable[[State, Record], Any]
 """callback(state, record), called after each round's record is written.
@@ -131,14 +133,13 @@ class Run:
 
     def blocks(self, checkpoints: Checkpoints | None = None, trace: str | None = None) -> Iterator[tuple[Record, ...]]:
         """Runs to the end, yielding each round's record of every run; evaluates and saves at the blocks' ends."""
-        config, number = self.setup.config, 0
+        config, number, windows = self.setup.config, 0, self._windows()
         while self.done < config.rounds:
-            stops = [self.done + every - self.done % every for every in (config.eval_every, config.checkpoint_every)]
-            last = min(*stops, config.rounds)
+            start = time.perf_counter()
+            last, population = next(windows)
             traced = number == 1 or (number == 0 and last == config.rounds)
             with jax.profiler.trace(trace) if trace is not None and traced else contextlib.nullcontext():
-                start = time.perf_counter()
-                infos = self._advance(last - self.done, first=number == 0)
+                infos = self._advance(population, last - self.done, first=number == 0)
                 seconds = (time.perf_counter() - start) / (last - self.done)
             results: list[dict[str, Any]] = [{}] * self.width
             if last % config.eval_every == 0 or last == config.rounds:
@@ -150,13 +151,24 @@ class Run:
             if checkpoints is not None and (last % config.checkpoint_every == 0 or last == config.rounds):
                 checkpoints.save(last, self.state, {"chunk": self.chunk})
 
-    def _advance(self, count: int, *, first: bool) -> Info:
+    def _windows(self) -> Iterator[tuple[int, Population]]:
+        """Where each block of rounds ends, and the population that it needs."""
+        config, stream = self.setup.config, self.setup.stream
+        pauses = [every for every in (config.eval_every, config.checkpoint_every, config.stream) if every is not None]
+        ends = [last for last in range(self.done + 1, config.rounds + 1) if last == config.rounds or any(last % e == 0 for e in pauses)]
+        if stream is None:
+            yield from ((last, self.setup.population) for last in ends)
+        else:
+            windows = stream.windows(self.state.key, cohort_size=config.cohort, stops=ends, start=self.done)
+            yield from ((last, population) for last, (_, population) in zip(ends, windows, strict=True))
+
+    def _advance(self, population: Population, count: int, *, first: bool) -> Info:
         """One block. If the first does not fit into the device's memory it is tried again with half the chunk."""
         while True:
             try:
                 state = jax.tree.map(jnp.copy, self.state) if first else self.state
                 with _not_the_users_mistake(f"round {self.done}"):
-                    self.state, infos = jax.block_until_ready(self.program(state, self.setup.population, count))
+                    self.state, infos = jax.block_until_ready(self.program(state, population, count))
                 return jax.device_get(infos)
             except jax.errors.JaxRuntimeError as error:
                 if not first or self.chunk == 1 or not is_out_of_memory(error):

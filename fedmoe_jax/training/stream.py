@@ -1,0 +1,149 @@
+"""Client data that stay in host memory or in memory-mapped files: the examples of the next rounds go to the device ahead of them."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from fedmoe_jax import sampling
+from fedmoe_jax.base import ClientProfile
+from fedmoe_jax.data.population import Population, checked
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """The data of all clients on the host, for populations that are larger than the device.
+
+    Who is in a cohort depends on the key and the round only, so the examples of the next rounds are known. `windows` puts
+    them, and no others, on the device while the rounds before are computed:
+
+        stream = Stream.from_arrays(np.load("x.npy", mmap_mode="r"), np.load("y.npy", mmap_mode="r"), clients)
+        state = algorithm.init(key, stream.index)
+        run = fedmoe_jax.rounds(algorithm.step, 10)
+        for count, population in stream.windows(key, cohort_size=100, stops=range(10, 1001, 10)):
+            state, info = jax.block_until_ready(run(state, population, count))  # else windows pile up
+
+    The result is bit for bit that of the same rounds on a `Population` on the device.
+
+    Attributes:
+      x, y: all examples, one a row; NumPy arrays or memory maps.
+      order: index into `x` and `y`, sorted by client.
+      offsets: where each client starts in `order`, and where the last one ends.
+      profile: what each client can afford, on the device.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    order: np.ndarray
+    offsets: np.ndarray
+    profile: ClientProfile
+
+    @classmethod
+    def from_arrays(
+        cls, x: np.ndarray, y: np.ndarray, client_indices: Sequence[np.ndarray], profile: ClientProfile | None = None
+    ) -> "Stream":
+        """As `Population.from_arrays`, without moving or copying `x` and `y`.
+
+        Raises:
+          ValueError: if the argument that it names has a wrong dtype, length or index.
+        """
+        order, offsets, profile = checked(x, y, client_indices, profile)
+        return cls(x, y, order, offsets, profile)
+
+    @property
+    def num_clients(self) -> int:
+        """All clients, also those without examples."""
+        return len(self.offsets) - 1
+
+    @property
+    def index(self) -> Population:
+        """A population of the same clients and sizes, whose examples are all zeros: to start an algorithm with."""
+        x, y = (jnp.zeros((1, *array.shape[1:]), array.dtype) for array in (self.x, self.y))
+        return Population(x, y, jnp.zeros(1, jnp.int32), jnp.asarray(self.offsets, jnp.int32), self.profile, self._largest)
+
+    def window(self, client: np.ndarray, room: int | None = None) -> Population:
+        """The population with the examples of these clients on the device; all others have none.
+
+        Args:
+          client: IDs, in any order, also more than once.
+          room: examples that the arrays on the device have place for, so that windows have one shape; None for no more than needed.
+        """
+        client = np.unique(client)
+        sizes = np.zeros(self.num_clients, np.int64)
+        sizes[client] = np.diff(self.offsets)[client]
+        rows = self._rows(client)
+        room = max(len(rows), 1) if room is None else room
+        x, y = (jax.device_put(_taken(array, rows, room)) for array in (self.x, self.y))
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+        return Population(x, y, jnp.arange(room, dtype=jnp.int32), jnp.asarray(offsets), self.profile, self._largest)
+
+    def windows(
+        self, key: Key[Array, "*run"], *, cohort_size: int, stops: Sequence[int], start: int = 0
+    ) -> Iterator[tuple[int, Population]]:
+        """The windows of the rounds from `start` on of a state that began with `key`, some rounds at a time.
+
+        A thread reads the next window and sends it to the device while the caller works with this one, so that two are on
+        the device, for a moment three; they have as many places as the largest of them needs.
+
+        Args:
+          key: as given to `Algorithm.init`; of several runs at once the keys of all of them.
+          cohort_size: clients of a round.
+          stops: the rounds before which windows end, ascending and above `start`.
+          start: the first round.
+
+        Yields:
+          How many rounds the window is for, and the population with the examples of their clients.
+
+        Raises:
+          ValueError: if the stops are not ascending.
+        """
+        firsts = [start, *stops[:-1]]
+        spans = list(zip(firsts, stops, strict=len(stops) > 0))
+        if start < 0 or any(first >= last for first, last in spans):
+            raise ValueError(f"stops must be ascending and above start, {start}, which must be at least 0")
+        return self._windows([_clients(key, span, self.num_clients, cohort_size) for span in spans], spans)
+
+    def _windows(self, clients: list[np.ndarray], spans: list[tuple[int, int]]) -> Iterator[tuple[int, Population]]:
+        sizes = np.diff(self.offsets)
+        room = max([1, *(int(sizes[ids].sum()) for ids in clients)])
+        with ThreadPoolExecutor(1) as pool:
+            ahead = [pool.submit(self.window, ids, room) for ids in clients[:1]]
+            for place, (first, last) in enumerate(spans):
+                population = ahead.pop().result()
+                ahead = [pool.submit(self.window, ids, room) for ids in clients[place + 1 : place + 2]]
+                yield last - first, population
+                del population
+
+    @property
+    def _largest(self) -> int:
+        return int(np.diff(self.offsets).max())
+
+    def _rows(self, client: np.ndarray) -> np.ndarray:
+        """Where the examples of these clients are, one client after the other."""
+        sizes = np.diff(self.offsets)[client]
+        first = np.repeat(self.offsets[client] - (np.cumsum(sizes) - sizes), sizes)
+        return self.order[first + np.arange(sizes.sum())]
+
+
+def _taken(array: np.ndarray, rows: np.ndarray, room: int) -> np.ndarray:
+    """The rows of an array, then zeros."""
+    taken = np.empty((room, *array.shape[1:]), array.dtype)
+    np.take(array, rows, axis=0, out=taken[: len(rows)], mode="clip")  # any other mode copies once more
+    taken[len(rows) :] = 0
+    return taken
+
+
+def _clients(key, span, num_clients, cohort_size) -> np.ndarray:
+    """All clients of the cohorts of some rounds, each once."""
+    return np.unique(_cohorts(jnp.atleast_1d(key), jnp.arange(*span), num_clients, cohort_size))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _cohorts(keys, rounds, num_clients, cohort_size) -> Int[Array, "run round client"]:
+    of_round = jax.vmap(lambda key, round: sampling.of_round(key, round, num_clients, cohort_size), (None, 0))
+    return jax.vmap(of_round, (0, None))(keys, rounds)

@@ -1,0 +1,43 @@
+"""The weights of the global model as a file of named arrays."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fedmoe_jax.experts import partition
+from fedmoe_jax.round import State
+from fedmoe_jax.training.metrics import write_bytes
+
+
+def save_weights(path: Path, state: State) -> None:
+    """Writes the global model's weights as an .npz of named arrays, atomically."""
+    named = {"/".join(map(str, key)): np.asarray(value) for key, value in _named(state.experts, state.shared).items()}
+    write_bytes(path, lambda file: np.savez(file, allow_pickle=False, **named))
+
+
+def load_weights(model: nnx.Module, source: str) -> None:
+    """Puts the weights of a run folder or .npz file into `model`.
+
+    Raises:
+      ValueError: naming init_from, if they cannot be read or do not fit the model.
+    """
+    path = Path(source) / "weights.npz" if Path(source).is_dir() else Path(source)
+    try:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except Exception as error:  # a damaged archive can raise almost anything
+        raise ValueError(f"init_from: {source} holds no readable weights ({error})") from None
+    parts = partition(model)
+    for key, variable in (*nnx.to_flat_state(parts.experts), *nnx.to_flat_state(parts.shared)):
+        name = "/".join(map(str, key))
+        if name not in found or found[name].shape != variable.shape:
+            raise ValueError(f"init_from: {source} does not fit the model: {name} is missing or not of shape {variable.shape}")
+        variable.set_value(jnp.asarray(found[name], variable.dtype))
+    nnx.update(model, parts.experts, parts.shared)
+
+
+def _named(*states: Any) -> dict[Any, Any]:
+    return {key: variable.get_value() for state in states for key, variable in nnx.to_flat_state(state)}

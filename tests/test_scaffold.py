@@ -1,0 +1,126 @@
+"""SCAFFOLD: against its own algorithm where every client holds all, and what must hold where clients hold a few experts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from small_round import BATCH, CLIENTS, EXPERTS, KEY, algorithm, aligner, distance, model, population, run, weights
+from test_round import close, same
+
+from fedmoe_jax import alignment, partition
+from fedmoe_jax.base import client_keys, stage_key
+from fedmoe_jax.local.primal import local_batch
+from fedmoe_jax.models.losses import cross_entropy
+
+EVERYONE = dict(aligner=alignment.full(num_experts=EXPERTS), cohort_size=CLIENTS)
+
+
+def reference(start, data, count, client_lr=0.3, steps=3):
+    """Rounds of algorithm 1 of Karimireddy et al. (2020), option II, with all clients; returns (experts, shared)."""
+    parts = partition(start)
+
+    @jax.jit
+    def gradient(now, batch):
+        def loss(now):
+            values, _ = cross_entropy(nnx.merge(parts.graphdef, *now, parts.rest, copy=True), batch, KEY)
+            return jnp.where(batch.mask, values, 0).sum() / batch.mask.sum()
+
+        return jax.grad(loss)(now)
+
+    def mean(trees):
+        return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees)
+
+    x = parts.experts, parts.shared
+    own = [jax.tree.map(jnp.zeros_like, x)] * CLIENTS
+    for round in range(count):
+        keys = client_keys(stage_key(jax.random.fold_in(KEY, round), "local"), jnp.arange(CLIENTS))
+        everyone, trained = mean(own), []
+        for client in range(CLIENTS):
+            y = x
+            for step in range(steps):
+                batch = local_batch(jax.random.fold_in(keys[client], 0), data, jnp.int32(client), step, BATCH)
+                y = jax.tree.map(lambda w, g, mine, c: w - client_lr * (g - mine + c), y, gradient(y, batch), own[client], everyone)
+            own[client] = jax.tree.map(lambda mine, c, w, v: mine - c + (w - v) / (steps * client_lr), own[client], everyone, x, y)
+            trained.append(y)
+        x = mean(trained)
+    return x
+
+
+def test_every_client_with_every_expert_is_scaffold():
+    start, data = model(top_k=EXPERTS), population(sizes=(12,) * CLIENTS)
+    state, _ = run(algorithm(start, control_variates=True, local_steps=3, **EVERYONE), data, 3)
+    plain, _ = run(algorithm(start, local_steps=3, **EVERYONE), data, 3)
+    expected = reference(start, data, 3)
+    close(weights(state), expected, atol=1e-5)
+    assert distance(weights(plain), expected) > 1e-2
+
+
+def test_clients_do_not_drift_from_the_optimum_of_all():
+    """After long local training, the gradient of the pooled loss."""
+    start, data = model(top_k=EXPERTS), population(sizes=(4,) * CLIENTS)
+    parts = partition(start)
+
+    @jax.jit
+    def slope(now):
+        def pooled(now):
+            logits = nnx.merge(parts.graphdef, *now, parts.rest, copy=True)(data.x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, data.y).mean()
+
+        return optax.tree.norm(jax.grad(pooled)(now))
+
+    options = dict(local_steps=10, client_optimizer=optax.sgd(0.05), **EVERYONE)
+    ends = {on: slope(weights(run(algorithm(start, control_variates=on, **options), data, 60)[0])) for on in (False, True)}
+    assert ends[True] < 0.5 * ends[False]
+
+
+@pytest.mark.parametrize("router", ["shared", "personal"])
+def test_sums_are_those_of_what_clients_keep(router):
+    data = population()
+    options = dict(control_variates=True, router=router, aligner=aligner("balanced"), local_epochs=2)
+    state, _ = run(algorithm(**options), data, 4)
+    chunked, _ = run(algorithm(chunk_size=3, **options), data, 4)
+    close(state, chunked, atol=1e-5)
+    kept = state.controls
+    tokens = lambda leaf: kept.tokens.reshape(*kept.tokens.shape, *(1,) * (leaf.ndim - 2))  # noqa: E731
+    examples = lambda leaf: kept.examples.reshape(-1, *(1,) * (leaf.ndim - 1))  # noqa: E731
+    close(kept.sums.experts, jax.tree.map(lambda leaf: (tokens(leaf) * leaf).sum(0), kept.experts), atol=1e-5)
+    close(kept.sums.shared, jax.tree.map(lambda leaf: (examples(leaf) * leaf).sum(0), kept.shared), atol=1e-5)
+    close((kept.sums.tokens, kept.sums.examples), (kept.tokens.sum(0), kept.examples.sum()))
+    assert float(kept.sums.tokens.min()) > 0 and len(jax.tree.leaves(kept.experts)) == len(jax.tree.leaves(state.experts)) - (
+        router == "personal"
+    )
+
+
+def test_who_holds_an_expert_for_the_first_time_trains_it_uncorrected():
+    data = population()
+    options = dict(aligner=aligner("random", max_slots=1), cohort_size=CLIENTS)
+    corrected, plain = (run(algorithm(control_variates=on, **options), data) for on in (True, False))
+    close(weights(corrected[0]), weights(plain[0]))
+    assert corrected[1].bytes_up == 2 * plain[1].bytes_up and corrected[1].bytes_down == 2 * plain[1].bytes_down
+    held = np.asarray(corrected[0].controls.tokens > 0)
+    assert (held.sum(1) == 1).all()
+
+
+def test_a_client_with_broken_data_keeps_no_control_variate():
+    data = population(broken=[2])
+    state, info = run(algorithm(control_variates=True, cohort_size=CLIENTS), data, 2)
+    assert info.rejected_updates == 1 and state.controls.examples[2] == 0 and not state.controls.tokens[2].any()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.controls, weights(state))))
+
+
+def test_nobody_present_changes_nothing():
+    data = population(memory_bytes=1)
+    alg = algorithm(control_variates=True)
+    state, _ = run(alg, data, 2)
+    start = alg.init(KEY, data)
+    same((weights(state), state.controls), (weights(start), start.controls))
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="control_variates keeps a gradient of the whole model for every client, which takes"):
+        algorithm(control_variates=True, personal_budget_bytes=1e3).init(KEY, population())
+    with pytest.raises(ValueError, match="engine is 'dual', but control_variates are added to each client's gradients"):
+        algorithm(control_variates=True, engine="dual")
+    assert {choice.use for choice in algorithm(control_variates=True, engine="auto").plan(population())} == {None}
