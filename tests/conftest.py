@@ -19,6 +19,14 @@ def compiled_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def pytest_collection_modifyitems(items):
+    """One process makes what takes long to make and many tests use."""
+    for item in items:
+        if item.module.__name__ in ("test_cli", "test_groups", "test_training"):
+            for name in {"run", "played", "uninterrupted"} & set(item.fixturenames):
+                item.add_marker(pytest.mark.xdist_group(name))
+
+
 def _experiment(name):
     path = Path(__file__).parents[1] / "experiments" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)

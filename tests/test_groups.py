@@ -41,7 +41,7 @@ def played():
 def test_one_group_with_a_name_is_the_default_bit_for_bit(router):
     data, options = population(), dict(router=router, router_prior=0.5, solo_examples=BATCH)
     results = [
-        run(algorithm(start, aligner=alignment.balanced(num_experts=EXPERTS, max_slots=2, **more), **options), data, 2)
+        run(algorithm(start, aligner=alignment.greedy(num_experts=EXPERTS, max_slots=2, **more), **options), data, 2)
         for start, more in ((model(), {}), (model(group="name"), dict(groups=1)))
     ]
     for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_round import KEY, SIZES, algorithm, aligner, population
+from small_round import KEY, SIZES, algorithm, population
 from test_round import same
 
 from fedmoe_jax import rounds
@@ -26,10 +26,10 @@ def streamed(data, folder=None):
     return Stream.from_arrays(x, y, np.split(np.arange(len(x)), np.cumsum(SIZES)[:-1]), data.profile)
 
 
-@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("block", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_rounds_on_windows_are_those_on_the_device_bit_for_bit(block, tmp_path):
     data, host = population(), streamed(population(), tmp_path)
-    alg = algorithm(aligner=aligner("balanced"))
+    alg = algorithm()
     run = rounds(alg.step, block)
     state, counts, shapes = alg.init(KEY, host.index), [], set()
     for count, window in host.windows(KEY, cohort_size=COHORT, stops=[*range(block, 7, block), 7]):

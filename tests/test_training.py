@@ -124,35 +124,27 @@ def failing(message, times):
     return program
 
 
-def test_out_of_memory_halves_the_chunk(uninterrupted):
-    notes, times = [], []
-    run = trainer.Run(setup.build(CONFIG), note=notes.append)
-    assert run.chunk == CONFIG.cohort
+def test_out_of_memory_halves_the_chunk_and_resume_keeps_it(tmp_path):
+    build, notes, times = setup.build(QUICK), [], []
+    whole = [record for (record,) in trainer.Run(build).blocks()]
+    run = trainer.Run(build, note=notes.append)
+    assert run.chunk == QUICK.cohort
     run.program = failing("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes", times)
-    records = [record for (record,) in run.blocks()]
+    with Checkpoints(tmp_path) as checkpoints:
+        records = [record for (record,) in run.blocks(checkpoints)]
     assert (run.chunk, len(times), len(records), run.done) == (3, 1, 4, 4)
     assert notes == ["out of device memory: training 3 clients at once from here on"]
-    whole = exact(uninterrupted)
     for ours, theirs in zip(records[:2], whole[:2], strict=True):  # later, rounding may change an assignment
         assert ours["load"] == theirs["load"]
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
-
-
-def test_a_halved_chunk_is_kept_by_resume(tmp_path):
-    build = setup.build(QUICK)
-    run = trainer.Run(build, note=lambda _: None)
-    run.program = failing("RESOURCE_EXHAUSTED", [])
-    with Checkpoints(tmp_path) as checkpoints:
-        records = list(run.blocks(checkpoints))
     shutil.rmtree(tmp_path / "4")
     with Checkpoints(tmp_path) as checkpoints:
         resumed = trainer.Run(build)
-        assert resumed.chunk == QUICK.cohort
         resumed.restore(checkpoints)
         assert (resumed.done, resumed.chunk) == (2, 3)
         assert all(leaf.committed for leaf in jax.tree.leaves(resumed.state))  # else the next block would compile again
         again = list(resumed.blocks())
-    assert [record["load"] for (record,) in again] == [record["load"] for (record,) in records[2:]]
+    assert [record["load"] for (record,) in again] == [record["load"] for record in records[2:]]
     jax.tree.map(np.testing.assert_array_equal, run.state.experts, resumed.state.experts)
 
 
