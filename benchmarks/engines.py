@@ -102,13 +102,17 @@ def milliseconds(run, rounds):
     return 1e3 * statistics.median(times)
 
 
-def measure(made, engine, rounds):
-    """Milliseconds of a round, seconds of the first call, and the training loss after it."""
-    population, model, loss, options = made
+def algorithm(made, engine):
+    _, model, loss, options = made
     common = dict(server_optimizer=optax.sgd(1.0), local_epochs=1, solo_examples=0, engine=engine)
-    algorithm = fm.federated_moe(model, loss, **options, **common)
-    state = algorithm.init(jax.random.key(0), population)
-    run = fm.rounds(algorithm.step, rounds)
+    return fm.federated_moe(model, loss, **options, **common)
+
+
+def measure(made, engine, rounds):
+    """Milliseconds of a round, seconds of the first call, the training loss after it, and the tokens that experts got in it."""
+    population, round_ = made[0], algorithm(made, engine)
+    state = round_.init(jax.random.key(0), population)
+    run = fm.rounds(round_.step, rounds)
     start = time.perf_counter()
     state, info = jax.block_until_ready(run(state, population, rounds))
     first = time.perf_counter() - start
@@ -118,7 +122,7 @@ def measure(made, engine, rounds):
         state, _ = run(state, population, rounds)
         return state.round
 
-    return milliseconds(again, 1) / rounds, first, float(info.train_loss[rounds - 1])
+    return milliseconds(again, 1) / rounds, first, float(info.train_loss[rounds - 1]), float(info.tokens[rounds - 1].sum())
 
 
 def main():
@@ -145,7 +149,7 @@ def main():
             say(case, "centralised step", central(*row), "ms")
         for engine, precision in itertools.product(arguments.engines, ("default", "highest") if make is fedavg else ("default",)):
             with jax.default_matmul_precision(None if precision == "default" else precision):
-                time_of_round, first, loss = measure(made, engine, arguments.rounds)
+                time_of_round, first, loss, _ = measure(made, engine, arguments.rounds)
             against, before = before if engine != arguments.engines[0] and precision == "default" else None, before or time_of_round
             name = f"{engine}, {precision} precision"
             say(case, f"round, {name}", time_of_round, "ms", against and arguments.engines[0], against and against / time_of_round)

@@ -4,6 +4,8 @@ import importlib.util
 import os
 from pathlib import Path
 
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # the suite spends most of its time compiling
+
 import jax
 import pytest
 

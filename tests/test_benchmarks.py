@@ -11,6 +11,7 @@ COMMANDS = {
     "rounds": ["--clients", "300", "--cohort", "12", "--rounds", "2", "--repeats", "1"],
     "engines": ["--cases", "small", "--rounds", "2"],
     "streaming": ["--clients", "30", "--cohort", "6", "--rounds", "4", "--block", "2", "--repeats", "1"],
+    "roofline": ["--small"],
     "convolutions": ["--small", "--repeats", "1"],
     "peers/compare": ["--workloads", "tiny", "--repeats", "1"],
 }

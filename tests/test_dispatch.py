@@ -31,8 +31,28 @@ def test_layouts_keep_every_pair_they_may(seed, skew, top_k):
         rows = dispatch.dispatch(x, layout)
         assert int(layout.filled.sum()) == kept.sum()
         np.testing.assert_allclose(dispatch.combine(rows, jnp.ones(slot.shape), layout), x * kept.sum(0)[:, None], rtol=1e-6)
-        expert_of_row = np.asarray(layout.expert)[np.asarray(layout.row) // layout.token.shape[1]]
+        expert_of_row = np.asarray(layout.expert)[np.asarray(layout.row) // layout.pair.shape[1]]
         np.testing.assert_array_equal(expert_of_row[kept], np.asarray(slot)[kept])
+
+
+def test_gradients_of_dispatch_and_combine_are_those_of_products_with_their_masks():
+    random = np.random.default_rng(0)
+    slot = jnp.asarray(np.argsort(random.normal(size=(30, SLOTS)), 1)[:, :2].T.astype(np.int32))
+    layout = dispatch.limited(slot, jnp.asarray(random.random(slot.shape) < 0.8), SLOTS, 4)
+    x, gates, weight = (jnp.asarray(random.normal(size=size), jnp.float32) for size in ((30, 3), slot.shape, (SLOTS, 4, 3)))
+    sent = np.zeros((SLOTS * 4, *slot.shape), np.float32)  # [row, choice, token]
+    for choice, token in np.argwhere(layout.kept):
+        sent[layout.row[choice, token], choice, token] = 1
+
+    def ours(x, gates):
+        return (dispatch.combine(jnp.tanh(dispatch.dispatch(x, layout)) * weight, gates, layout) ** 2).sum()
+
+    def plain(x, gates):
+        rows = jnp.tanh(jnp.einsum("rct,td->rd", sent, x)) * weight.reshape(-1, 3)
+        return (jnp.einsum("rct,rd,ct->td", sent, rows, gates) ** 2).sum()
+
+    for got, wanted in zip(jax.grad(ours, (0, 1))(x, gates), jax.grad(plain, (0, 1))(x, gates), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_tiles_are_chosen_where_they_halve_the_rows(monkeypatch):

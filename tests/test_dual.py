@@ -73,11 +73,13 @@ def test_options(options):
     assert_same(population(), **OPTIONS[options])
 
 
-@pytest.mark.parametrize("cohort", [3, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cohort", [3, 8])
 def test_more_and_fewer_pairs_than_experts(cohort):
     assert_same(population(sizes=TWO_STEPS), cohort_size=cohort, aligner=small_round.aligner(max_slots=1))
 
 
+@pytest.mark.slow
 def test_clients_with_fewer_slots_or_none():
     assert_same(population(memory_bytes=8000.0, sizes=TWO_STEPS), aligner=small_round.aligner(max_slots=3))
 
@@ -139,6 +141,7 @@ def test_several_runs_side_by_side():
         assert distance(mine, weights(alone)) <= 1e-5 * distance(weights(alone), weights(state))
 
 
+@pytest.mark.slow
 def test_bfloat16():
     """As near as the primal engine to a round in float32."""
     half, full = (small_round.model(top_k=2, dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32))
@@ -186,7 +189,10 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+HARDEST = ("slow adam", "clipped when large", "adam that warms up", "nothing")  # to tell from linear ones
+
+
+@pytest.mark.parametrize("name", [name if name in HARDEST else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS])
 def test_other_optimizers_stay_primal(name):
     parts = partition(small_round.model())
     assert not plan.is_linear(OTHERS[name], (parts.experts, parts.shared))

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from fedmoe_jax import cli
-from fedmoe_jax.training import metrics, trainer
-from fedmoe_jax.training.config import TrainConfig
+from fedmoe_jax.training import metrics
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
 
@@ -37,19 +36,14 @@ def test_own_model_trains_by_name(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "mine" / "report.html").is_file()
 
 
-def test_own_data_trains_by_name(tmp_path, monkeypatch):
+def test_own_data_and_aligner_train_by_name(tmp_path, monkeypatch):
     (tmp_path / "mydata.py").write_text(BLOCKS[2])
-    monkeypatch.chdir(tmp_path)
-    small = ["--population", "20", "--cohort", "5", "--experts", "4", "--rounds", "20", "--eval_every", "20", "--aligner", "greedy"]
-    assert cli.main(["train", "--data", "mydata:blobs", *small, "--out", "runs/blobs"]) == 0
-    assert metrics.read_json(tmp_path / "runs" / "blobs" / "summary.json")["last"]["eval_accuracy"] > 0.5
-
-
-def test_own_aligner_trains_to_the_end(tmp_path, monkeypatch):
     (tmp_path / "myaligner.py").write_text(BLOCKS[3])
-    monkeypatch.syspath_prepend(tmp_path)
-    config = TrainConfig(population=20, cohort=5, experts=4, rounds=2, eval_every=2, aligner="myaligner:fixed", model_options={"hidden": 8})
-    summary = trainer.train(config, tmp_path / "run")
-    assert summary["last"]["client_accuracy_mean"] is not None and (tmp_path / "run" / "report.html").is_file()
-    load = metrics.read(tmp_path / "run" / "metrics.jsonl")[0]["load"]
+    monkeypatch.chdir(tmp_path)
+    small = ["--population", "20", "--cohort", "5", "--experts", "4", "--rounds", "20", "--eval_every", "20"]
+    assert cli.main(["train", "--data", "mydata:blobs", "--aligner", "myaligner:fixed", *small, "--out", "runs/blobs"]) == 0
+    run = tmp_path / "runs" / "blobs"
+    last = metrics.read_json(run / "summary.json")["last"]
+    assert last["eval_accuracy"] > 0.5 and last["client_accuracy_mean"] is not None and (run / "report.html").is_file()
+    load = metrics.read(run / "metrics.jsonl")[0]["load"]
     assert sum(load) == 10 and load[0] == load[1] and load[2] == load[3]  # the clients hold the experts in pairs

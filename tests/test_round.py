@@ -111,7 +111,7 @@ def test_chunks_change_nothing_but_rounding(router):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("random", marks=pytest.mark.slow), pytest.param("greedy", marks=pytest.mark.slow), "balanced"]
+    "name", [pytest.param("random", marks=pytest.mark.slow), "greedy", pytest.param("balanced", marks=pytest.mark.slow)]
 )
 def test_the_order_of_the_cohort_changes_nothing_but_rounding(name, monkeypatch):
     data, plain = population(), sampling.cohort

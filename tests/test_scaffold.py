@@ -11,6 +11,8 @@ from test_round import close
 
 from fedmoe_jax import alignment, partition
 from fedmoe_jax.base import client_keys, stage_key
+from fedmoe_jax.local.cohort import batch_shape
+from fedmoe_jax.local.cost import round_cost
 from fedmoe_jax.local.primal import local_batch
 from fedmoe_jax.models.losses import cross_entropy
 
@@ -96,6 +98,14 @@ def test_sums_are_those_of_what_clients_keep(router):
     )
 
 
+def test_a_control_variate_travels_with_each_weight():
+    parts, batch = partition(model()), batch_shape(population(), BATCH)
+    plain, doubled = (round_cost(parts, cross_entropy, optax.sgd(0.3), batch, control_variates=on) for on in (False, True))
+    assert doubled.shared_bytes == 2 * plain.shared_bytes and doubled.expert_bytes == 2 * plain.expert_bytes
+    assert doubled.shared_memory > plain.shared_memory and doubled.expert_memory > plain.expert_memory
+
+
+@pytest.mark.slow
 def test_who_holds_an_expert_for_the_first_time_trains_it_uncorrected():
     data = population()
     options = dict(aligner=aligner("random", max_slots=1), cohort_size=CLIENTS)

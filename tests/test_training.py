@@ -180,9 +180,10 @@ def test_other_failures_are_raised(message, chunk):
     assert run.done == 0
 
 
-@pytest.mark.parametrize(
-    "changes", [{"aligner": "full"}, {"router": "personal", "dtype": "bfloat16", "router_prior": 1.0, "profile": "tiers"}], ids=str
-)
+PERSONAL = {"router": "personal", "dtype": "bfloat16", "router_prior": 1.0, "profile": "tiers"}
+
+
+@pytest.mark.parametrize("changes", [pytest.param({"aligner": "full"}, marks=pytest.mark.slow), PERSONAL], ids=["full", "personal"])
 def test_full_and_personal_and_bfloat16_runs_stay_finite(changes):
     config = dataclasses.replace(QUICK, rounds=2, **changes)
     run = trainer.Run(setup.build(config))
@@ -244,7 +245,7 @@ def text(path):
     return str(path)
 
 
-@pytest.mark.parametrize("model", ["resnet", "transformer"])
+@pytest.mark.parametrize("model", ["resnet", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_every_model_trains(model, tmp_path):
     options = {"resnet": dict(widths=[8, 8]), "transformer": dict(layers=2, features=16, heads=2, expert_hidden=16, token_capacity=2.0)}
     small = dict(model=model, model_options=options[model], experts=4, cohort=3, rounds=4, eval_every=4, shared_experts=1, top_k=2)

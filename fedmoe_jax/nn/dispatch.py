@@ -5,6 +5,7 @@ of one slot, so that the expert's product is a batched matmul. Shapes are fixed 
 slots; rows that no pair fills are zero.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -17,10 +18,10 @@ MIN_TILE = 32
 
 @pytree
 class Layout:
-    """Tiles of rows. `token` is the token in each row where `filled`; `row` is the flat row of each pair where `kept`."""
+    """Tiles of rows. `pair` is the flat (choice, token) pair in each row where `filled`, `row` the flat row of each pair where `kept`."""
 
     expert: Int[Array, " tile"]
-    token: Int[Array, "tile row"]
+    pair: Int[Array, "tile row"]
     filled: Bool[Array, "tile row"]
     row: Int[Array, "choice token"]
     kept: Bool[Array, "choice token"]
@@ -71,13 +72,44 @@ def limited(slot: Int[Array, "choice token"], active: Bool[Array, "choice token"
 
 def dispatch(x: Float[Array, "token feature"], layout: Layout) -> Float[Array, "tile row feature"]:
     """The tokens in their rows; zeros in rows that are not filled."""
-    return jnp.where(layout.filled[..., None], x[layout.token], 0)
+    return _fill(x, layout)
 
 
 def combine(rows: Float[Array, "tile row feature"], gates: Float[Array, "choice token"], layout: Layout) -> Float[Array, "token feature"]:
     """The inverse of `dispatch`: each token gets the sum of its rows, times `gates`. Pairs not kept give zero."""
-    gates = jnp.where(layout.kept, gates, 0).astype(rows.dtype)
-    return (rows.reshape(-1, rows.shape[-1])[layout.row] * gates[..., None]).sum(0)
+    return (_collect(rows, layout) * gates[..., None].astype(rows.dtype)).sum(0)
+
+
+def _rows_of(x, layout):
+    token = layout.pair % layout.kept.shape[1]
+    return jnp.where(layout.filled[..., None], x[token], 0)
+
+
+def _pairs_of(rows, layout):
+    return jnp.where(layout.kept[..., None], rows.reshape(-1, rows.shape[-1])[layout.row], 0)
+
+
+@jax.custom_vjp
+def _fill(x: Float[Array, "token feature"], layout: Layout) -> Float[Array, "tile row feature"]:
+    """The gradient of a gather is a scatter, but each pair has one row at most, so that it can be a gather as well."""
+    return _rows_of(x, layout)
+
+
+_fill.defvjp(lambda x, layout: (_rows_of(x, layout), layout), lambda layout, g: (_pairs_of(g, layout).sum(0), None))
+
+
+@jax.custom_vjp
+def _collect(rows: Float[Array, "tile row feature"], layout: Layout) -> Float[Array, "choice token feature"]:
+    """The rows of all pairs, zeros for those not kept."""
+    return _pairs_of(rows, layout)
+
+
+def _collect_backwards(layout, g):
+    flat = g.reshape(-1, g.shape[-1])
+    return jnp.where(layout.filled[..., None], flat[layout.pair], 0), None
+
+
+_collect.defvjp(lambda rows, layout: (_pairs_of(rows, layout), layout), _collect_backwards)
 
 
 def _counts(slot, active, slots):
@@ -102,4 +134,4 @@ def _lay_out(slot, active, counts, expert, first, size, limit):
     pair = order[jnp.where(filled, start[expert][:, None] + rank_of_row, 0)]
     kept = active & (rank < limit).reshape(slot.shape)
     row = jnp.where(kept, row.reshape(slot.shape), 0)
-    return lax.optimization_barrier(Layout(expert, pair % slot.shape[1], filled, row, kept))
+    return lax.optimization_barrier(Layout(expert, pair, filled, row, kept))
