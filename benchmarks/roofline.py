@@ -105,28 +105,34 @@ def figures(small):
 def draw(source, target):
     """The figures of a file as a picture."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     lines = [json.loads(line) for line in Path(source).read_text().splitlines()]
     peak, width = (line["value"] for line in lines if line["case"] == "roofs")
-    picture, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    x = np.geomspace(0.2 * peak / width, 20 * peak / width, 200)
-    axes.loglog(x, np.minimum(peak, x * width) / 1e12, color="black", linewidth=1.5, label="measured roofs")
+    picture, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    points = []
     for case, marker in zip(dict.fromkeys(line["case"] for line in lines if line["case"] != "roofs"), "osD^v", strict=False):
         for engine, colour in (("primal", "tab:blue"), ("auto", "tab:orange")):
             found = {line["metric"]: line["value"] for line in lines if line["case"] == case}
-            intensity, rate = found[f"useful FLOPs of a predicted byte, {engine}"], found[f"useful FLOPs, {engine}"]
-            axes.scatter(
-                intensity,
-                rate / 1e12,
-                marker=marker,
-                color=colour,
-                s=60,
-                label=f"{engine}: {case.partition(' ')[0]} {case.partition(' ')[2]}",
-            )
+            points.append((found[f"useful FLOPs of a predicted byte, {engine}"], found[f"useful FLOPs, {engine}"] / 1e12))
+            axes.scatter(*points[-1], marker=marker, color=colour, s=60, label=f"{engine}: {readable(case)}", zorder=3)
+    x = np.geomspace(0.5 * min(x for x, _ in points), 4 * max(x for x, _ in points), 200)
+    axes.loglog(x, np.minimum(peak, x * width) / 1e12, color="black", linewidth=1.5, label="measured roofs")
     axes.set(xlabel="useful FLOPs of a predicted byte of memory traffic", ylabel="useful TFLOP/s", title=lines[0]["device"])
-    axes.grid(which="major", alpha=0.3)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    picture.legend(fontsize=8, loc="outside right center")
     picture.savefig(target, dpi=130)
+
+
+def readable(case):
+    name, _, numbers = case.partition(" ")
+    clients, number, slots, *_, width, hidden, last = numbers.split("x")
+    layers = f", {last} layers" if name == "transformer" else ""
+    return f"{name} of {width} x {hidden}{layers},\n{clients} clients, {slots} of {number} experts"
 
 
 def main():

@@ -199,9 +199,16 @@ def _slot_states(model: Any) -> dict[str | None, list[SlotState]]:
     return states
 
 
-def gather(experts: PyTree[Float[Array, "expert ..."]], held: Int[Array, "*slots"]) -> PyTree[Float[Array, "..."]]:
-    """Dispatch: the weights of each held expert. Empty slots get those of expert 0, which nothing may use."""
-    return map_groups(lambda held, weight: weight[jnp.maximum(held, 0) % weight.shape[0]], groups(experts), held, experts)
+def gather(
+    experts: PyTree[Float[Array, "expert ..."]], held: Int[Array, "*slots"], names: tuple[str | None, ...] | None = None
+) -> PyTree[Float[Array, "..."]]:
+    """Dispatch: the weights of each held expert. Empty slots get those of expert 0, which nothing may use.
+
+    Args:
+      names: all groups, where `experts` lacks some of them.
+    """
+    names = groups(experts) if names is None else names
+    return map_groups(lambda held, weight: weight[jnp.maximum(held, 0) % weight.shape[0]], names, held, experts)
 
 
 def combine(

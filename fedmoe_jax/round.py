@@ -125,8 +125,8 @@ def federated_moe(
         personal = router_rows(parts.experts, population.num_clients, personal_budget_bytes) if router == "personal" else None
         controls = None
         if control_variates:
-            travels = scaffold.travelling(parts.experts, router == "personal"), parts.shared
-            controls = scaffold.start(*travels, population.num_clients, personal_budget_bytes)
+            sizes = population.num_clients, personal_budget_bytes
+            controls = scaffold.start(parts.experts, parts.shared, *sizes, personal_router=router == "personal")
         return _start(key, population.num_clients, parts, (personal, controls), server_optimizer, aligner)
 
     @jax.jit

@@ -22,7 +22,7 @@ def check(clients, experts):
     assert len(speed) == 26 and figures[-1]["value"] == pytest.approx(min(speed.values()))
 
 
-@pytest.mark.parametrize(("clients", "experts"), [(10, 4), (1, 6), (9, 1), (1500, 8)])
+@pytest.mark.parametrize(("clients", "experts"), [(10, 4), (1, 6), (9, 1), (200, 8)])
 def test_every_family_is_solved_to_the_optimum(clients, experts):
     check(clients, experts)
 
@@ -37,5 +37,6 @@ def test_command_prints_one_object_a_line(capsys):
     assert cli.main(["bench", "assign", "--clients", "12", "--experts", "4", "--repeats", "1", "--no_reference"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {"bench", "case", "metric", "value", "unit", "against", "ratio", "device", "versions"} == set(lines[0])
-    assert {line["metric"] for line in lines} == {"seconds", "proven gap", "violation", "seconds from the last prices"}
+    warm = {"seconds from the last prices", "seconds of half the clients from the others' prices"}
+    assert {line["metric"] for line in lines} == {"seconds", "proven gap", "violation"} | warm
     assert all(line["value"] <= 1e-2 for line in lines if line["metric"] == "proven gap")

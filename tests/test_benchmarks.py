@@ -13,7 +13,7 @@ COMMANDS = {
     "streaming": ["--clients", "30", "--cohort", "6", "--rounds", "4", "--block", "2", "--repeats", "1"],
     "roofline": ["--small"],
     "convolutions": ["--small", "--repeats", "1"],
-    "peers/compare": ["--workloads", "tiny", "--repeats", "1"],
+    "peers/compare": ["--workloads", "tiny", "tiny-cnn", "--repeats", "1"],
 }
 
 

@@ -12,7 +12,7 @@ from fedmoe_jax.training.metrics import METRIC_FIELDS
 
 TINY = [
     "--population", "20", "--cohort", "5", "--experts", "4", "--rounds", "4", "--eval_every", "2", "--fitness", "usage",
-    "--model_options", "hidden=16",
+    "--aligner", "greedy", "--model_options", "hidden=16",
 ]  # fmt: skip
 EVALUATED = ("eval_loss", "eval_accuracy", "client_accuracy_mean", "client_accuracy_p10")
 

@@ -19,7 +19,7 @@ def run(name, data, out, **changes):
 
 def test_fashion_mnist_in_small(shared_data, tmp_path):
     data = shared_data.fashion_mnist(SHARED, tmp_path)
-    small = dict(population=50, cohort=5, experts=4, rounds=20, eval_every=20, local_steps=10)
+    small = dict(population=50, cohort=5, experts=4, rounds=20, eval_every=20, local_steps=10, aligner="greedy")
     assert run("fashion_mnist", data, tmp_path / "run", **small)["eval_accuracy"] >= 0.6
 
 

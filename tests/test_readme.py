@@ -11,25 +11,34 @@ from fedmoe_jax.training import metrics
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
 
 
-def test_functional_api_runs_and_learns():
+def block(*words):
+    """The one block that holds these words."""
+    (found,) = (text for text in BLOCKS if all(word in text for word in words))
+    return found
+
+
+def test_functional_api_runs_and_learns_also_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(BLOCKS[0], "README", "exec"), names)
     losses = np.asarray(names["info"].train_loss)
     assert losses.shape == (10,) and losses[-1] < losses[0]
     assert np.asarray(names["info"].load[-1]).sum() == 40
+    exec(compile(block("Stream.from_arrays"), "README", "exec"), names)
+    np.testing.assert_allclose(names["info"].train_loss, losses[5:], rtol=1e-5)
 
 
 def test_own_model_is_accepted():
     import fedmoe_jax as fm
 
     names = {"__name__": "mymodel"}
-    exec(compile(BLOCKS[1], "README", "exec"), names)
+    exec(compile(block("class Net"), "README", "exec"), names)
     model = names["make"](input_shape=(8, 8, 1), num_classes=10, num_experts=4, top_k=1, seed=0, dtype=None)
     assert fm.partition(model).experts["moe"]["w_in"].shape[0] == 4
 
 
 def test_own_model_trains_by_name(tmp_path, monkeypatch):
-    (tmp_path / "mymodel.py").write_text(BLOCKS[1])
+    (tmp_path / "mymodel.py").write_text(block("class Net"))
     monkeypatch.chdir(tmp_path)
     small = ["--population", "20", "--cohort", "5", "--experts", "4", "--rounds", "2", "--eval_every", "2", "--aligner", "greedy"]
     assert cli.main(["train", "--model", "mymodel:make", *small, "--out", "runs/mine"]) == 0
@@ -37,8 +46,8 @@ def test_own_model_trains_by_name(tmp_path, monkeypatch):
 
 
 def test_own_data_and_aligner_train_by_name(tmp_path, monkeypatch):
-    (tmp_path / "mydata.py").write_text(BLOCKS[2])
-    (tmp_path / "myaligner.py").write_text(BLOCKS[3])
+    (tmp_path / "mydata.py").write_text(block("def blobs"))
+    (tmp_path / "myaligner.py").write_text(block("def fixed"))
     monkeypatch.chdir(tmp_path)
     small = ["--population", "20", "--cohort", "5", "--experts", "4", "--rounds", "20", "--eval_every", "20"]
     assert cli.main(["train", "--data", "mydata:blobs", "--aligner", "myaligner:fixed", *small, "--out", "runs/blobs"]) == 0

@@ -102,10 +102,12 @@ def test_clients_without_slots_train_the_shared_part_only():
     assert info.clients == 5 and info.coverage == 0 and distance(state.shared, start.shared) > 0
 
 
-@pytest.mark.parametrize("router", [pytest.param("shared", marks=pytest.mark.slow), "personal"])
-def test_chunks_change_nothing_but_rounding(router):
+@pytest.mark.parametrize(
+    ("name", "router"), [("greedy", "personal"), *(pytest.param("balanced", r, marks=pytest.mark.slow) for r in ("shared", "personal"))]
+)
+def test_chunks_change_nothing_but_rounding(name, router):
     data = population()
-    options = dict(aligner=aligner("greedy"), router=router, router_prior=0.5, solo_examples=BATCH)
+    options = dict(aligner=aligner(name), router=router, router_prior=0.5, solo_examples=BATCH)
     whole, chunked = (run(algorithm(chunk_size=size, **options), data, 2) for size in (None, 3))
     close(whole, chunked, atol=1e-5)
 
@@ -137,8 +139,9 @@ def test_a_run_is_traced_once_also_with_a_shorter_last_block():
     assert len(calls) == 1 and state.round == 8
 
 
-def test_blocks_equal_single_steps_and_a_seed_gives_the_same_bits():
-    data, alg = population(), algorithm(aligner=aligner("greedy"))
+@pytest.mark.parametrize("name", ["greedy", pytest.param("balanced", marks=pytest.mark.slow)])
+def test_blocks_equal_single_steps_and_a_seed_gives_the_same_bits(name):
+    data, alg = population(), algorithm(aligner=aligner(name))
     block = rounds(alg.step, 4)
     state, infos = block(alg.init(KEY, data), data, 3)
     again, _ = block(alg.init(KEY, data), data, 3)
@@ -174,11 +177,12 @@ def test_a_client_costs_its_slots_not_the_experts():
     assert not [shape for shape in shapes if 64 in shape and np.prod(shape) >= CLIENTS * 64 * 8 * 6]
 
 
-def test_a_client_with_broken_data_is_rejected():
-    data = population(broken=[2])
-    alg = algorithm(aligner=aligner("greedy"), cohort_size=CLIENTS, solo_examples=BATCH)
+@pytest.mark.parametrize(("name", "client"), [("greedy", 0), pytest.param("balanced", 2, marks=pytest.mark.slow)])
+def test_a_client_with_broken_data_is_rejected(name, client):
+    data = population(broken=[client])
+    alg = algorithm(aligner=aligner(name), cohort_size=CLIENTS, solo_examples=BATCH)
     state, info = run(alg, data)
-    assert info.rejected_updates == 1
+    assert info.rejected_updates == 1  # also where masked examples could be those of the first client
     floats = [leaf for leaf in jax.tree.leaves((state, info)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert all(np.isfinite(leaf).all() for leaf in floats)
     assert distance(weights(state), weights(alg.init(KEY, data))) > 1e-3

@@ -116,7 +116,7 @@ def test_the_deadline_has_room_for_probes():
     cost = round_cost(partition(model()), cross_entropy, optax.sgd(0.3), batch)
     slow = dataclasses.replace(data.profile, downlink_bytes_per_second=jnp.full(CLIENTS, float(cost.expert_bytes)))  # one expert a second
     shared = float(cost.shared_bytes / cost.expert_bytes)
-    for name, probes, most in (("random", 0, 2), ("balanced", 1, 1)):
+    for name, probes, most in (("random", 0, 2), ("greedy", 1, 1)):
         options = dict(aligner=aligner(name), cohort_size=CLIENTS, deadline=shared + 2.5, solo_examples=BATCH)
         _, info = run(algorithm(**options), dataclasses.replace(data, profile=slow))
         assert info.load.sum() == most * CLIENTS and info.simulated_seconds <= shared + 2.5

@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from small_groups import Net
 from small_round import BATCH, CLIENTS, EXPERTS, KEY, algorithm, aligner, distance, model, population, run, weights
 from test_round import close
 
-from fedmoe_jax import alignment, partition
+from fedmoe_jax import alignment, partition, scaffold
 from fedmoe_jax.base import client_keys, stage_key
 from fedmoe_jax.local.cohort import batch_shape
 from fedmoe_jax.local.cost import round_cost
@@ -62,6 +63,7 @@ def test_every_client_with_every_expert_is_scaffold():
     assert distance(reference(start, data, 3, corrected=False), expected) > 1e-2
 
 
+@pytest.mark.slow
 def test_clients_do_not_drift_from_the_optimum_of_all():
     """After long local training, the gradient of the pooled loss."""
     start, data = model(top_k=EXPERTS), population(sizes=(4,) * CLIENTS)
@@ -103,6 +105,37 @@ def test_a_control_variate_travels_with_each_weight():
     plain, doubled = (round_cost(parts, cross_entropy, optax.sgd(0.3), batch, control_variates=on) for on in (False, True))
     assert doubled.shared_bytes == 2 * plain.shared_bytes and doubled.expert_bytes == 2 * plain.expert_bytes
     assert doubled.shared_memory > plain.shared_memory and doubled.expert_memory > plain.expert_memory
+
+
+def test_a_correction_is_the_mean_of_all_minus_the_own_for_each_group():
+    draw, parts = np.random.default_rng(0), partition(Net())
+    client, held = np.array([4, 1, 6]), np.array([[0, 2, 5, 7], [1, 2, 5, -1], [2, -1, 7, 5]])  # two slots of each of two groups
+    tokens, examples = np.array([[3, 1, 2, 2], [4, 5, 0, 0], [6, 0, 1, 4]]), np.array([3, 9, 4])
+    slots = jax.tree.map(lambda w: jnp.asarray(draw.normal(size=(3, 2, *w.shape[1:])), jnp.float32), parts.experts)
+    shared = jax.tree.map(lambda w: jnp.asarray(draw.normal(size=(3, *w.shape)), jnp.float32), parts.shared)
+
+    def learn(controls, gradient, good):
+        return scaffold.learn(controls, jnp.array(client), good, jnp.array(held), gradient, jnp.array(tokens), jnp.array(examples))
+
+    controls = scaffold.start(parts.experts, parts.shared, CLIENTS, 1e9)
+    everyone, wrong = jnp.ones(3, bool), jax.tree.map(lambda leaf: leaf * 9, (slots, shared))
+    controls = learn(controls, wrong, everyone)
+    controls = learn(controls, (slots, shared), everyone)
+    controls = learn(controls, wrong, ~everyone)  # changes nothing
+    controls = learn(controls, jax.tree.map(lambda leaf: leaf * 1e31, (slots, shared)), everyone)  # nor does what is too large
+    for row in range(3):
+        own, of_shared = scaffold.correction(controls, controls.sums, jnp.int32(client[row]), jnp.array(held[row]))
+        for got, given in zip(jax.tree.leaves(of_shared), jax.tree.leaves(shared), strict=True):
+            np.testing.assert_allclose(got, np.average(given, axis=0, weights=examples) - given[row], rtol=1e-3, atol=1e-4)
+        for (path, got), given in zip(jax.tree_util.tree_flatten_with_path(own)[0], jax.tree.leaves(slots), strict=True):
+            places = slice(2, 4) if ".1." in jax.tree_util.keystr(path, simple=True, separator=".") else slice(0, 2)
+            experts, weights = held[:, places], tokens[:, places]
+            for slot in range(2):
+                same = (experts == experts[row, slot]) & (weights > 0)
+                wanted = np.zeros_like(got[slot])
+                if weights[row, slot]:
+                    wanted = np.average(np.asarray(given)[same], axis=0, weights=weights[same]) - given[row, slot]
+                np.testing.assert_allclose(got[slot], wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

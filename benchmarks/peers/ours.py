@@ -1,47 +1,66 @@
 """fedmoe_jax on the workload: python ours.py W1 [primal | auto | dual]. Rounds run in one compiled loop."""
 
+import dataclasses
 import importlib.metadata
 import sys
 
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 import optax
 import workload
 from flax import nnx
 
 import fedmoe_jax as fm
-from fedmoe_jax.experts import Slots, bind
+from fedmoe_jax.experts import Slots, SlotState, bind
 from fedmoe_jax.nn.linear import Conv, Linear
 
 
-class Network(nnx.Module):
-    """The MLP as a layer of one expert, to which all goes; or convolutions before a dense layer."""
+def give(model, layers):
+    """Sets variables to the workload's initial weights of these names."""
+    given = workload.weights(model)
+    for variable, name in layers:
+        variable.set_value(jnp.asarray(given[name]).reshape(variable.get_value().shape))
 
-    def __init__(self, model):
-        given, rngs = workload.weights(model), nnx.Rngs(0)
-        if model == "mlp":
-            self.moe = fm.nn.MoE(784, 128, 1, out_features=10, balance_weight=0.0, z_weight=0.0, rngs=rngs)
-            layers = [(self.moe.w_in, "into"), (self.moe.b_in, "into_bias"), (self.moe.w_out, "out"), (self.moe.b_out, "out_bias")]
-        else:
-            self.first, self.second, self.out = Conv(1, 16, rngs=rngs), Conv(16, 32, rngs=rngs), Linear(7 * 7 * 32, 10, rngs=rngs)
-            self.biases = nnx.List([nnx.Param(jnp.zeros(16)), nnx.Param(jnp.zeros(32))])
-            layers = [(self.first.linear.kernel, "first"), (self.second.linear.kernel, "second"), (self.out.kernel, "out")]
-        for variable, name in layers:
-            variable.set_value(jnp.asarray(given[name]).reshape(variable.get_value().shape))
+
+class Dense(nnx.Module):
+    """The MLP as a layer of one expert, to which all goes."""
+
+    def __init__(self):
+        self.moe = fm.nn.MoE(784, 128, 1, out_features=10, balance_weight=0.0, z_weight=0.0, rngs=nnx.Rngs(0))
+        layers = [(self.moe.w_in, "into"), (self.moe.b_in, "into_bias"), (self.moe.w_out, "out"), (self.moe.b_out, "out_bias")]
+        give("mlp", layers)
 
     def __call__(self, x):
-        if hasattr(self, "moe"):
-            return self.moe(x.reshape(len(x), -1))
+        return self.moe(x.reshape(len(x), -1))
+
+
+class Convolutional(nnx.Module):
+    """Convolutions and a dense layer whose bias is the one expert, which all examples use."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.first, self.second, self.out = (
+            Conv(1, 16, rngs=rngs),
+            Conv(16, 32, rngs=rngs),
+            Linear(7 * 7 * 32, 10, use_bias=False, rngs=rngs),
+        )
+        self.biases = nnx.List([nnx.Param(jnp.zeros(16)), nnx.Param(jnp.zeros(32))])
+        self.bias = fm.ExpertParam(jnp.zeros((1, 10)))
+        self.slots = SlotState(Slots(jnp.ones(1, bool), jnp.zeros(1)))
+        give("cnn", [(self.first.linear.kernel, "first"), (self.second.linear.kernel, "second"), (self.out.kernel, "out")])
+
+    def __call__(self, x):
+        slots = self.slots.get_value()
+        self.slots.set_value(dataclasses.replace(slots, tokens=jnp.ones((len(x), 1)), penalty=jnp.zeros(())))
         x = x[..., None]
         for layer, bias in zip((self.first, self.second), self.biases, strict=True):
-            x = _pooled(jax.nn.relu(layer(x) + bias.get_value()))
-        return self.out(x.reshape(len(x), -1))
+            x = networks.pooled(jax.nn.relu(layer(x) + bias.get_value()))
+        return self.out(x.reshape(len(x), -1)) + self.bias.get_value()[0]
 
 
-def _pooled(x):
-    examples, height, width, channels = x.shape
-    return x.reshape(examples, height // 2, 2, width // 2, 2, channels).max((2, 4))
+NETWORKS = {"mlp": Dense, "cnn": Convolutional}
 
 
 def main(name, engine="primal"):
@@ -50,7 +69,7 @@ def main(name, engine="primal"):
     rows = np.arange(x.shape[0] * x.shape[1]).reshape(len(x), -1)
     population = fm.Population.from_arrays(x.reshape(-1, 28, 28), y.reshape(-1), list(rows))
     algorithm = fm.federated_moe(
-        Network(work.model), fm.models.losses.cross_entropy, client_optimizer=optax.sgd(workload.RATE),
+        NETWORKS[work.model](), fm.models.losses.cross_entropy, client_optimizer=optax.sgd(workload.RATE),
         server_optimizer=optax.sgd(1.0), aligner=fm.alignment.full(num_experts=1), cohort_size=work.cohort,
         batch_size=workload.BATCH, local_epochs=1, solo_examples=0, engine=engine,
     )  # fmt: skip
@@ -72,7 +91,7 @@ def main(name, engine="primal"):
 
 def trained(model, state):
     """The network with the weights that were trained."""
-    return bind(fm.partition(Network(model)), state.experts, state.shared, Slots(jnp.ones(1, bool), jnp.zeros(1), None))
+    return bind(fm.partition(NETWORKS[model]()), state.experts, state.shared, Slots(jnp.ones(1, bool), jnp.zeros(1), None))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ WORKLOADS = {
     "W2": Workload(10000, 1000, "mlp", 3, 5),
     "W3": Workload(1000, 100, "cnn", 3, 5),
     "tiny": Workload(20, 5, "mlp", 1, 2),
+    "tiny-cnn": Workload(20, 5, "cnn", 1, 2),
 }
 
 

@@ -5,8 +5,6 @@ experts at these prices (`flow`); the few clients that are then too many move al
 result optimal for prices that follow the distances (`repair`).
 """
 
-import functools
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -43,18 +41,20 @@ def solve(problem: flow.Problem, prices: Float[Array, " expert"]) -> tuple[Bool[
 
 
 def _optimum(problem: flow.Problem, prices: Int[Array, " expert"]) -> flow.Plan:
-    """The best plan, from `prices` when they are nearly right already, else from those of Newton's method."""
+    """The best plan, from `prices` or from none when either are nearly right already, else from those of Newton's method."""
+    first = jnp.where((prices != 0).any(), 0, 1)
 
     def attempt(state):
-        _, prices, count = state
-        prices = flow.apply_if(count > 0, functools.partial(newton.prices, problem), prices)
-        return flow.plan_at(problem, prices), prices, count + 1
+        _, count = state
+        tried = jnp.where(count == 0, prices, 0)
+        tried = flow.apply_if(count == 2, lambda _: newton.prices(problem, prices), tried)
+        return flow.plan_at(problem, tried), count + 1
 
     def unfit(state):
-        plan, _, count = state
-        return (count == 0) | ((count == 1) & (flow.surplus(plan) > few))
+        plan, count = state
+        return (count == first) | ((count < 3) & (flow.surplus(plan) > few))
 
     few = _FEW * problem.value.shape[0]
     none = flow.Plan(jnp.zeros(problem.value.shape, bool), prices, jnp.zeros(problem.value.shape[0] + 1, jnp.int32))
-    plan, _, _ = lax.while_loop(unfit, attempt, (none, prices, jnp.int32(0)))
+    plan, _ = lax.while_loop(unfit, attempt, (none, first))
     return repair(problem, plan)

@@ -123,7 +123,8 @@ def run(*, clients: int, experts: int, repeats: int = 5, seed: int = 0, referenc
     Yields:
       For each case its `seconds` (ratio: OR-tools' over ours), the `gap` to the optimum that OR-tools found and the
       `proven gap` by the dual bound, both relative to the total fitness, the `violation`, and the seconds from the last
-      prices; first the seconds of the first call, last the geometric mean and the least of the ratios.
+      prices, of the same problem and, as in rounds with other cohorts, of half of its clients from the prices of the other half;
+      first the seconds of the first call, last the geometric mean and the least of the ratios.
 
     Raises:
       ValueError: naming the argument that cannot be, or if OR-tools is missing.
@@ -136,17 +137,18 @@ def run(*, clients: int, experts: int, repeats: int = 5, seed: int = 0, referenc
     for number, case in enumerate(cases(clients, experts, seed)):
         arrays = tuple(map(jnp.asarray, case[1:]))
         key = jax.random.key(seed)
-        first, (mask, info) = _timed(lambda args=arrays, key=key: solve(*args, key=key))
+        first, (mask, info) = _timed(functools.partial(solve, *arrays, key=key))
         if number == 0:
             yield _figure("compilation and first call", clients, experts, "seconds", first, "s")
-        ours = statistics.median(_timed(lambda args=arrays, key=key: solve(*args, key=key))[0] for _ in range(repeats))
-        warm = functools.partial(_timed, lambda args=arrays, key=key, prices=info.prices: solve(*args, key=key, prices=prices))
-        warm()  # another program
-        again = statistics.median(warm()[0] for _ in range(repeats))
+        ours = _median(functools.partial(solve, *arrays, key=key), repeats)
+        again = _median(functools.partial(solve, *arrays, key=key, prices=info.prices), repeats)
         figure = functools.partial(_figure, case.name, clients, experts)
         yield figure("proven gap", float(info.gap), "share of total fitness", "dual bound")
         yield figure("violation", int(info.violation), "clients")
         yield figure("seconds from the last prices", again, "s", f"a cold start, {ours:.4f} s", ours / again)
+        if clients > 1:
+            cold, warm = _other_cohort(solve, case, key, repeats)
+            yield figure("seconds of half the clients from the others' prices", warm, "s", f"a cold start, {cold:.4f} s", cold / warm)
         if not reference:
             yield figure("seconds", ours, "s")
             continue
@@ -165,6 +167,30 @@ def run(*, clients: int, experts: int, repeats: int = 5, seed: int = 0, referenc
     mean = math.exp(statistics.fmean(map(math.log, ratios)))
     yield _figure("geometric mean", clients, experts, "speedup", mean, "times", "OR-tools min-cost flow", mean)
     yield _figure("least", clients, experts, "speedup", min(ratios), "times", "OR-tools min-cost flow", min(ratios))
+
+
+def halves(case: Case) -> tuple[Case, Case]:
+    """Two cohorts of the clients of a problem, each with half of the bounds."""
+    middle = len(case.slots) // 2
+    bounds = case.lower // 2, -(-case.upper // 2)
+    first, second = (Case(case.name, case.fitness[half], case.slots[half], *bounds) for half in np.arange(2 * middle).reshape(2, -1))
+    return first, second
+
+
+def _other_cohort(solve, case, key, repeats) -> tuple[float, float]:
+    """Seconds for half of the clients, from nothing and from the prices of the others."""
+    first, second = (tuple(map(jnp.asarray, half[1:])) for half in halves(case))
+    _, info = solve(*first, key=key)
+    return (
+        _median(functools.partial(solve, *second, key=key), repeats),
+        _median(functools.partial(solve, *second, key=key, prices=info.prices), repeats),
+    )
+
+
+def _median(function, repeats) -> float:
+    """Seconds of a call; a first one, which may compile, is not counted."""
+    _timed(function)
+    return statistics.median(_timed(function)[0] for _ in range(repeats))
 
 
 def _timed(function):

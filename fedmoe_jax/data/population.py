@@ -82,7 +82,8 @@ class Population:
         """One client's examples at `position`, 0 to num_examples - 1; other positions are masked."""
         start, size = self._span(client)
         mask = (position >= 0) & (position < size)
-        row = jax.lax.optimization_barrier(self.order[jnp.where(mask, start + position, 0)])  # else looked up for each number of x
+        place = jnp.where(mask, start + position, start)  # of its own examples: those of others may be broken
+        row = jax.lax.optimization_barrier(self.order[place])  # else looked up for each number of x
         return Batch(x=self.x[row], y=self.y[row], mask=mask)
 
     def _span(self, client):

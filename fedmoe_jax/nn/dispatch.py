@@ -2,7 +2,7 @@
 
 Each token makes k choices of a slot. A layout lays the chosen (choice, token) pairs out in tiles, each tile being rows
 of one slot, so that the expert's product is a batched matmul. Shapes are fixed by the number of tokens, choices and
-slots; rows that no pair fills are zero.
+slots; rows that no pair fills are zero. Derivatives are those of reverse mode only (`jax.grad`, not `jax.jvp`).
 """
 
 import jax

@@ -117,7 +117,7 @@ class TrainConfig:
     chunk: int | None = None
     """Clients trained at once; chosen from the memory if not given."""
     stream: int | None = None
-    """Rounds whose examples are on the device at once, the others staying on the host; all examples are there if not given."""
+    """Rounds whose examples go to the device at once, those of the next ones while it computes; all examples are there if not given."""
     seed: int = 0
     """Of the split, the initial weights and the sampling."""
     eval_every: int = 20

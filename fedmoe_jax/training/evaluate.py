@@ -52,7 +52,7 @@ def global_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
 
 def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], dict[str, Any]]:
     """evaluate(state) -> client_accuracy_mean and client_accuracy_p10 over clients that have test examples, `chunk` at once."""
-    everyone, cost = evaluated(setup.config.seed, setup.population.num_clients), setup.cost()
+    everyone, cost = evaluated(setup.population.num_clients), setup.cost()
 
     def accuracy(state, holdout, client, held, prior):
         experts = gather(state.experts, held)

@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int
 
 from fedmoe_jax import sampling
 from fedmoe_jax.base import ClientProfile
 from fedmoe_jax.data.population import Population, checked
+from fedmoe_jax.round import State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Stream:
         stream = Stream.from_arrays(np.load("x.npy", mmap_mode="r"), np.load("y.npy", mmap_mode="r"), clients)
         state = algorithm.init(key, stream.index)
         run = fedmoe_jax.rounds(algorithm.step, 10)
-        for count, population in stream.windows(key, cohort_size=100, stops=range(10, 1001, 10)):
+        for count, population in stream.windows(state, cohort_size=100, stops=range(10, 1001, 10)):
             state, info = jax.block_until_ready(run(state, population, count))  # else windows pile up
 
     The result is bit for bit that of the same rounds on a `Population` on the device.
@@ -64,7 +65,7 @@ class Stream:
     @property
     def index(self) -> Population:
         """A population of the same clients and sizes, whose examples are all zeros: to start an algorithm with."""
-        x, y = (jnp.zeros((1, *array.shape[1:]), array.dtype) for array in (self.x, self.y))
+        x, y = (jnp.asarray(np.zeros((1, *array.shape[1:]), array.dtype)) for array in (self.x, self.y))
         return Population(x, y, jnp.zeros(1, jnp.int32), jnp.asarray(self.offsets, jnp.int32), self.profile, self._largest)
 
     def window(self, client: np.ndarray, room: int | None = None) -> Population:
@@ -73,29 +74,31 @@ class Stream:
         Args:
           client: IDs, in any order, also more than once.
           room: examples that the arrays on the device have place for, so that windows have one shape; None for no more than needed.
+
+        Raises:
+          ValueError: if there is not enough room.
         """
         client = np.unique(client)
         sizes = np.zeros(self.num_clients, np.int64)
         sizes[client] = np.diff(self.offsets)[client]
         rows = self._rows(client)
         room = max(len(rows), 1) if room is None else room
+        if room < max(len(rows), 1):
+            raise ValueError(f"room is {room}, these clients have {len(rows)} examples")
         x, y = (jax.device_put(_taken(array, rows, room)) for array in (self.x, self.y))
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
         return Population(x, y, jnp.arange(room, dtype=jnp.int32), jnp.asarray(offsets), self.profile, self._largest)
 
-    def windows(
-        self, key: Key[Array, "*run"], *, cohort_size: int, stops: Sequence[int], start: int = 0
-    ) -> Iterator[tuple[int, Population]]:
-        """The windows of the rounds from `start` on of a state that began with `key`, some rounds at a time.
+    def windows(self, state: State, *, cohort_size: int, stops: Sequence[int]) -> Iterator[tuple[int, Population]]:
+        """The windows of the rounds from that of `state` on, some rounds at a time.
 
         A thread reads the next window and sends it to the device while the caller works with this one, so that two are on
         the device, for a moment three; they have as many places as the largest of them needs.
 
         Args:
-          key: as given to `Algorithm.init`; of several runs at once the keys of all of them.
-          cohort_size: clients of a round.
-          stops: the rounds before which windows end, ascending and above `start`.
-          start: the first round.
+          state: where to start; of several runs at once, in the same round, with an axis of runs first.
+          cohort_size: clients of a round, as given to `federated_moe`.
+          stops: the rounds before which windows end, ascending and above that of `state`.
 
         Yields:
           How many rounds the window is for, and the population with the examples of their clients.
@@ -103,15 +106,15 @@ class Stream:
         Raises:
           ValueError: if the stops are not ascending.
         """
-        firsts = [start, *stops[:-1]]
-        spans = list(zip(firsts, stops, strict=len(stops) > 0))
-        if start < 0 or any(first >= last for first, last in spans):
-            raise ValueError(f"stops must be ascending and above start, {start}, which must be at least 0")
-        return self._windows([_clients(key, span, self.num_clients, cohort_size) for span in spans], spans)
+        start = int(jnp.ravel(state.round)[0])
+        spans = list(zip([start, *stops][: len(stops)], stops, strict=True))
+        if any(first >= last for first, last in spans):
+            raise ValueError(f"stops must be ascending and above the round of the state, {start}")
+        return self._windows([_clients(jnp.ravel(state.key), span, self.num_clients, cohort_size) for span in spans], spans)
 
     def _windows(self, clients: list[np.ndarray], spans: list[tuple[int, int]]) -> Iterator[tuple[int, Population]]:
         sizes = np.diff(self.offsets)
-        room = max([1, *(int(sizes[ids].sum()) for ids in clients)])
+        room = _rounded(max([1, *(int(sizes[ids].sum()) for ids in clients)]))
         with ThreadPoolExecutor(1) as pool:
             ahead = [pool.submit(self.window, ids, room) for ids in clients[:1]]
             for place, (first, last) in enumerate(spans):
@@ -138,16 +141,25 @@ def _taken(array: np.ndarray, rows: np.ndarray, room: int) -> np.ndarray:
     bounds = np.linspace(0, len(rows), (os.cpu_count() or 1) + 1).astype(int)
 
     def read(first, last):
-        np.take(array, rows[first:last], axis=0, out=taken[first:last], mode="clip")  # any other mode copies once more
+        if array.flags.carray:  # otherwise take copies all of the array; in another mode it copies what it took
+            np.take(array, rows[first:last], axis=0, out=taken[first:last], mode="clip")
+        else:
+            taken[first:last] = array[rows[first:last]]
 
     with ThreadPoolExecutor(len(bounds) - 1) as readers:
         list(readers.map(read, bounds[:-1], bounds[1:]))
     return taken
 
 
-def _clients(key, span, num_clients, cohort_size) -> np.ndarray:
+def _clients(keys, span, num_clients, cohort_size) -> np.ndarray:
     """All clients of the cohorts of some rounds, each once."""
-    return np.unique(_cohorts(jnp.atleast_1d(key), jnp.arange(*span), num_clients, cohort_size))
+    return np.unique(_cohorts(keys, jnp.arange(*span), num_clients, cohort_size))
+
+
+def _rounded(room: int) -> int:
+    """The room and at most a sixteenth more, so that runs alike have one shape and compile once."""
+    step = 1 << max(room.bit_length() - 5, 0)
+    return -(-room // step) * step
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -159,7 +159,7 @@ class Run:
         if stream is None:
             yield from ((last, self.setup.population) for last in ends)
         else:
-            windows = stream.windows(self.state.key, cohort_size=config.cohort, stops=ends, start=self.done)
+            windows = stream.windows(self.state, cohort_size=config.cohort, stops=ends)
             yield from ((last, population) for last, (_, population) in zip(ends, windows, strict=True))
 
     def _advance(self, population: Population, count: int, *, first: bool) -> Info:
