@@ -17,7 +17,8 @@ class Info:
 
     `load_cv` is the coefficient of variation of `load`; `load_cv_total`, `load_gini_total` and `load_entropy_total`
     (normalised, 1 is even) are of tokens per expert since the start. `load` counts clients whose update arrived in time.
-    `dropped_clients` are those too small or slow to take part, and those whose update came late.
+    `dropped_clients` are those too small or slow to take part, and those whose update came late. `train_loss` is NaN where
+    nobody trained.
     """
 
     train_loss: Float[Array, ""]

@@ -82,7 +82,7 @@ class Trainer(NamedTuple):
         feedback, routers, loss, rejected = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][jnp.argsort(order)], out)
         feedback = Feedback(*feedback)
         examples = feedback.examples
-        train_loss = (loss * examples).sum() / jnp.maximum(examples.sum(), 1)
+        train_loss = jnp.where(examples.sum() > 0, (loss * examples).sum() / jnp.maximum(examples.sum(), 1), jnp.nan)
         return self.aggregator.finish(total), routers, controls, feedback, (train_loss, rejected.sum())
 
     def plan(self, population: Population) -> tuple[plan.Choice, ...]:

@@ -44,6 +44,7 @@ HIGHER_IS_BETTER = (
     "eval_accuracy",
     "client_accuracy_mean",
     "client_accuracy_p10",
+    "load_entropy_total",
     "coverage",
     "fitness_mean",
     "assignment_value",

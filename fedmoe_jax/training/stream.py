@@ -30,7 +30,8 @@ class Stream:
         for count, population in stream.windows(state, cohort_size=100, stops=range(10, 1001, 10)):
             state, info = jax.block_until_ready(run(state, population, count))  # else windows pile up
 
-    The result is bit for bit that of the same rounds on a `Population` on the device.
+    The result is bit for bit that of the same rounds on a `Population` on the device. In any other round, or where the
+    algorithm's cohort is larger than `cohort_size` says, clients without examples there take no part: `Info.clients` tells.
 
     Attributes:
       x, y: all examples, one a row; NumPy arrays or memory maps.
@@ -64,8 +65,11 @@ class Stream:
 
     @property
     def index(self) -> Population:
-        """A population of the same clients and sizes, whose examples are all zeros: to start an algorithm with."""
-        x, y = (jnp.asarray(np.zeros((1, *array.shape[1:]), array.dtype)) for array in (self.x, self.y))
+        """A population of the same clients and sizes without their examples, to start an algorithm with.
+
+        What trains on it anyway sees NaN, or zeros where examples are no floats.
+        """
+        x, y = (jnp.asarray(_nothing(array)) for array in (self.x, self.y))
         return Population(x, y, jnp.zeros(1, jnp.int32), jnp.asarray(self.offsets, jnp.int32), self.profile, self._largest)
 
     def window(self, client: np.ndarray, room: int | None = None) -> Population:
@@ -132,6 +136,10 @@ class Stream:
         sizes = np.diff(self.offsets)[client]
         first = np.repeat(self.offsets[client] - (np.cumsum(sizes) - sizes), sizes)
         return self.order[first + np.arange(sizes.sum())]
+
+
+def _nothing(array: np.ndarray) -> np.ndarray:
+    return np.full((1, *array.shape[1:]), np.nan if np.issubdtype(array.dtype, np.floating) else 0, array.dtype)
 
 
 def _taken(array: np.ndarray, rows: np.ndarray, room: int) -> np.ndarray:
