@@ -8,6 +8,7 @@ so that they come from the system's cache where memory suffices.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import tempfile
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rounds import CLASSES, EXAMPLES, FEATURES, algorithm, in_turns
 
@@ -41,7 +43,7 @@ def side(made, arguments, first, windows):
     start = made.init(KEY, first)
 
     def once():
-        state = jax.block_until_ready(jax.tree.map(jax.numpy.copy, start))
+        state = jax.block_until_ready(jax.tree.map(jnp.copy, start))
         begin = time.perf_counter()
         for count, population in windows():
             state, _ = jax.block_until_ready(run(state, population, count))
@@ -60,13 +62,16 @@ def measure(arguments, folder):
     stops = [*range(arguments.block, arguments.rounds, arguments.block), arguments.rounds]
     spans = list(zip([0, *stops[:-1]], stops, strict=True))
 
+    start = made.init(KEY, resident)
+
     def ahead(stream):
-        return lambda: stream.windows(KEY, cohort_size=arguments.cohort, stops=stops)
+        return lambda: stream.windows(start, cohort_size=arguments.cohort, stops=stops)
 
     def when_needed(stream):
         def windows():
             for first, last in spans:  # the thread finds nothing to read ahead
-                yield from stream.windows(KEY, cohort_size=arguments.cohort, stops=[last], start=first)
+                state = dataclasses.replace(start, round=jnp.int32(first))
+                yield from stream.windows(state, cohort_size=arguments.cohort, stops=[last])
 
         return windows
 
