@@ -84,7 +84,7 @@ class Stream:
         """
         client = np.unique(client)
         sizes = np.zeros(self.num_clients, np.int64)
-        sizes[client] = np.diff(self.offsets)[client]
+        sizes[client] = self._sizes[client]
         rows = self._rows(client)
         room = max(len(rows), 1) if room is None else room
         if room < max(len(rows), 1):
@@ -117,8 +117,7 @@ class Stream:
         return self._windows([_clients(jnp.ravel(state.key), span, self.num_clients, cohort_size) for span in spans], spans)
 
     def _windows(self, clients: list[np.ndarray], spans: list[tuple[int, int]]) -> Iterator[tuple[int, Population]]:
-        sizes = np.diff(self.offsets)
-        room = _rounded(max([1, *(int(sizes[ids].sum()) for ids in clients)]))
+        room = _rounded(max([1, *(int(self._sizes[ids].sum()) for ids in clients)]))
         with ThreadPoolExecutor(1) as pool:
             ahead = [pool.submit(self.window, ids, room) for ids in clients[:1]]
             for place, (first, last) in enumerate(spans):
@@ -127,13 +126,17 @@ class Stream:
                 yield last - first, population
                 del population
 
-    @property
+    @functools.cached_property
+    def _sizes(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @functools.cached_property
     def _largest(self) -> int:
-        return int(np.diff(self.offsets).max())
+        return int(self._sizes.max())
 
     def _rows(self, client: np.ndarray) -> np.ndarray:
         """Where the examples of these clients are, one client after the other."""
-        sizes = np.diff(self.offsets)[client]
+        sizes = self._sizes[client]
         first = np.repeat(self.offsets[client] - (np.cumsum(sizes) - sizes), sizes)
         return self.order[first + np.arange(sizes.sum())]
 

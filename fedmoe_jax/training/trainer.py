@@ -137,10 +137,12 @@ class Run:
         while self.done < config.rounds:
             start = time.perf_counter()
             last, population = next(windows)
+            waited = time.perf_counter() - start
             traced = number == 1 or (number == 0 and last == config.rounds)
             with jax.profiler.trace(trace) if trace is not None and traced else contextlib.nullcontext():
+                start = time.perf_counter()  # starting a profile takes seconds
                 infos = self._advance(population, last - self.done, first=number == 0)
-                seconds = (time.perf_counter() - start) / (last - self.done)
+                seconds = (waited + time.perf_counter() - start) / (last - self.done)
             results: list[dict[str, Any]] = [{}] * self.width
             if last % config.eval_every == 0 or last == config.rounds:
                 results = [self._evaluate(run) for run in range(self.width)]
