@@ -1,5 +1,6 @@
 """The scripts of benchmarks/ run, in small."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,12 +16,25 @@ COMMANDS = {
     "convolutions": ["--small", "--repeats", "1"],
     "peers/compare": ["--workloads", "tiny", "tiny-cnn", "--repeats", "1"],
 }
+PACKAGES = {"fedjax": "fedjax", "pfl": "pfl", "flower": "flwr"}
+
+
+def figures_of(name, *arguments):
+    script = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_benchmark_prints_figures(name):
-    script = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
-    done = subprocess.run([sys.executable, str(script), *COMMANDS[name]], capture_output=True, text=True, check=True)
-    figures = [json.loads(line) for line in done.stdout.splitlines()]
+    figures = figures_of(name, *COMMANDS[name])
     assert len(figures) >= 4 and all(figure["value"] > 0 and figure["device"] and figure["versions"]["jax"] for figure in figures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", PACKAGES)
+def test_a_peer_learns_as_we_do(peer):
+    if importlib.util.find_spec(PACKAGES[peer]) is None:
+        pytest.skip(f"{PACKAGES[peer]} is not installed")
+    assert len(figures_of("peers/compare", "--workloads", "tiny", "--repeats", "1", f"--{peer}", sys.executable)) >= 5

@@ -1,8 +1,9 @@
 """Simulators on one workload, in turns: clients per second of each, the ratio to ours, and whether all learn the same.
 
-    python benchmarks/peers/compare.py --workloads W1 W2 --fedjax PYTHON >> benchmarks/results/peers.jsonl
+    python benchmarks/peers/compare.py --workloads W1 W2 --fedjax PYTHON --pfl PYTHON --flower PYTHON >> benchmarks/results/peers.jsonl
 
-Each run is a process of its own. FedJAX runs where an interpreter is given that has it (`pip install fedjax dm-haiku`).
+Each run is a process of its own. A peer runs where an interpreter is given that has it: FedJAX (`pip install fedjax dm-haiku`),
+pfl-research (`pip install pfl torch`), Flower (`pip install "flwr[simulation]==1.41.*" torch`).
 One JSON line for each simulator and workload: the median over the repeats and its least and most. Test losses may differ by
 2%, as cohorts and the order of batches do, or the command fails.
 """
@@ -18,6 +19,8 @@ import sys
 from fedmoe_jax.training.metrics import environment
 
 HERE = pathlib.Path(__file__).parent
+OWN = [("ours.py", "primal"), ("ours.py", "auto"), ("plain.py", "vmap"), ("plain.py", "scan")]
+PEERS = {"fedjax": [("with_fedjax.py",)], "pfl": [("with_pfl.py",), ("with_pfl.py", "2")], "flower": [("with_flower.py",)]}
 
 
 def run(python, script, *arguments):
@@ -32,12 +35,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", default=["W1", "W2"])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--fedjax", metavar="PYTHON", help="an interpreter that has FedJAX")
+    for peer in PEERS:
+        parser.add_argument(f"--{peer}", metavar="PYTHON", help="an interpreter that has it")
     arguments = parser.parse_args()
-    here = sys.executable
-    peers = [(here, "ours.py", "primal"), (here, "ours.py", "auto"), (here, "plain.py", "vmap"), (here, "plain.py", "scan")]
-    if arguments.fedjax:
-        peers.append((arguments.fedjax, "with_fedjax.py"))
+    peers = [(sys.executable, *script) for script in OWN]
+    peers += [(python, *script) for peer in PEERS if (python := getattr(arguments, peer)) for script in PEERS[peer]]
     about = environment()
     about = dict(device=about["device"], versions=about["versions"], date=datetime.date.today().isoformat())
     for name in arguments.workloads:
