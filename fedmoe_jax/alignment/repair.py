@@ -140,7 +140,7 @@ def _shortest_paths(cost, excess) -> tuple[Int[Array, " node"], Int[Array, " nod
 
     def some(carry):
         distance, parent, _ = carry
-        new, parent = lax.fori_loop(0, _RELAXATIONS, relax, (distance, parent))
+        new, parent = lax.fori_loop(0, _RELAXATIONS, relax, (distance, parent), unroll=True)
         return new, parent, (new < distance).any()
 
     start = jnp.where(excess > 0, 0, FAR)
@@ -173,9 +173,8 @@ def _top(parent: Int[Array, " node"]) -> Int[Array, " node"]:
 def _ancestors(end: Bool[Array, " node"], parent: Int[Array, " node"]) -> Bool[Array, " node"]:
     """All nodes from the ends back to their roots."""
 
-    def back(carry):
-        seen, _ = carry
-        more = seen.at[parent].max(seen)
-        return more, (more != seen).any()
+    def back(_, carry):
+        seen, ancestor = carry
+        return seen.at[ancestor].max(seen), ancestor[ancestor]
 
-    return lax.while_loop(lambda carry: carry[1], back, (end, jnp.bool_(True)))[0]
+    return lax.fori_loop(0, parent.shape[0].bit_length(), back, (end, parent))[0]
