@@ -71,11 +71,9 @@ def useful_flops(row, sent):
 def traffic(made, engine):
     """Predicted bytes of all kernels of a round."""
     population, model, loss, options = made
-    slots, steps = options["aligner"].max_slots, -(-population.max_examples // options["batch_size"])
-    shape = batch_shape(population, options["batch_size"])
-    plans = (
-        plan.engines(fm.partition(model), loss, shape, slots=slots, steps=steps, engine="dual", balance=balance) for balance in (0.0, 1.0)
-    )
+    aligner, steps = options["aligner"], -(-population.max_examples // options["batch_size"])
+    shape, held = batch_shape(population, options["batch_size"]), dict(slots=aligner.max_slots, probes=aligner.probes)
+    plans = (plan.engines(fm.partition(model), loss, shape, **held, steps=steps, engine="dual", balance=balance) for balance in (0.0, 1.0))
     chosen = algorithm(made, engine).plan(population)
     flops, with_bytes = ([c.primal if own.use is None else c.dual for c, own in zip(found, chosen, strict=True)] for found in plans)
     return options["cohort_size"] * (sum(with_bytes) - sum(flops))

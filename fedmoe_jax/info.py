@@ -17,8 +17,8 @@ class Info:
 
     `load_cv` is the coefficient of variation of `load`; `load_cv_total`, `load_gini_total` and `load_entropy_total`
     (normalised, 1 is even) are of tokens per expert since the start. `load` counts clients whose update arrived in time.
-    `dropped_clients` are those too small or slow to take part, and those whose update came late. `train_loss` is NaN where
-    nobody trained.
+    `unavailable_clients` of the cohort could not be reached; `dropped_clients` are those too small or slow to take part, and
+    those whose update came late. `train_loss` is NaN where nobody trained.
     """
 
     train_loss: Float[Array, ""]
@@ -36,6 +36,7 @@ class Info:
     bytes_up: Float[Array, ""]
     simulated_seconds: Float[Array, ""]
     clients: Int[Array, ""]
+    unavailable_clients: Int[Array, ""]
     dropped_clients: Int[Array, ""]
     rejected_updates: Int[Array, ""]
 
@@ -80,6 +81,7 @@ def summarize(
     tokens: Float[Array, " all_experts"],
     total: Float[Array, " all_experts"],
     staleness: Int[Array, " all_experts"],
+    unavailable: Bool[Array, " client"],
     dropped: Bool[Array, " client"],
 ) -> Info:
     """The Info of a round in which `trainees` are those of the cohort that were in time."""
@@ -103,6 +105,7 @@ def summarize(
         bytes_up=arrived.sum() * cost.shared_bytes + jnp.where(arrived, traffic.bytes_up, 0).sum(),
         simulated_seconds=jnp.where(cohort.present, seconds, 0).max(),
         clients=arrived.sum(),
+        unavailable_clients=unavailable.sum(),
         dropped_clients=dropped.sum(),
         rejected_updates=rejected,
     )

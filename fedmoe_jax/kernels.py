@@ -21,10 +21,11 @@ class History:
     """The rows that a kernel saw in a local step, or several: its inputs X, the gradients G of its outputs, and their weights.
 
     Rows of different lanes never meet: those of a shared kernel are one lane, those of experts one for each slot, or one for
-    all where tiles of rows go to slots that the router chose. Then `slot` says whose each tile is.
+    all where tiles of rows go to slots that the router chose. Then `slot` says whose each tile is. The rows that look something
+    up in a table are one-hot: of them only the place is kept.
     """
 
-    inputs: Float[Array, "*client lane row feature"]
+    inputs: Float[Array, "*client lane row feature"] | Int[Array, "*client lane row"]
     gradients: Float[Array, "*client lane row hidden"]
     weight: Float[Array, "*client row"]
     slot: Int[Array, "*client tile"] | None = None
@@ -140,6 +141,14 @@ def expert_matmul(
     return x @ (w if expert is None else w[expert])
 
 
+def lookup(w: Any, index: Int[Array, "*rows"]) -> Float[Array, "*rows feature"]:
+    """w[index], w being a table Float[entry, feature] or a `DualKernel` of one."""
+    if isinstance(w, DualKernel):
+        return _product(index.reshape(1, -1), w, None).reshape(*index.shape, w.shape[1])
+    w = w.note(index, False) if isinstance(w, Probe) else w
+    return w[index]
+
+
 def shared_sum(delta: Any, weight: Float[Array, " client"]) -> Float[Array, "..."]:
     """Sum over clients of weight times what each added to a shared parameter: [client, ...], or a `DualDelta`."""
     if not isinstance(delta, DualDelta):
@@ -147,7 +156,11 @@ def shared_sum(delta: Any, weight: Float[Array, " client"]) -> Float[Array, "...
     total = (weight @ delta.shrink) * delta.base
     for rows in delta.history:
         gradients = (rows.gradients[:, 0] * (weight[:, None] * rows.weight)[..., None]).astype(rows.gradients.dtype)
-        total += jnp.einsum("crd,crh->dh", rows.inputs[:, 0], gradients, preferred_element_type=jnp.float32)
+        inputs = rows.inputs[:, 0]
+        if is_places(inputs):
+            total = total.at[inputs].add(gradients)
+        else:
+            total += jnp.einsum("crd,crh->dh", inputs, gradients, preferred_element_type=jnp.float32)
     return total
 
 
@@ -155,7 +168,10 @@ def form(delta: DualDelta) -> Float[Array, "client feature hidden"]:
     """What each client added to a shared kernel. Large: take few clients at a time."""
     total = delta.shrink[:, None, None] * delta.base
     for rows in delta.history:
-        total += jnp.einsum("clrd,cr,clrh->cdh", rows.inputs, rows.weight, rows.gradients, preferred_element_type=jnp.float32)
+        inputs = rows.inputs
+        if is_places(inputs):
+            inputs = jax.nn.one_hot(inputs, delta.base.shape[0], dtype=rows.gradients.dtype)
+        total += jnp.einsum("clrd,cr,clrh->cdh", inputs, rows.weight, rows.gradients, preferred_element_type=jnp.float32)
     return total
 
 
@@ -163,12 +179,13 @@ def squared_norm(delta: DualDelta) -> Float[Array, " client"]:
     """The squared Frobenius norm of what each client added to a shared kernel, from Gram matrices of its rows."""
 
     def joined(name):
-        return jnp.concatenate([getattr(rows, name)[:, 0] for rows in delta.history], axis=1).astype(jnp.float32)
+        return jnp.concatenate([getattr(rows, name)[:, 0] for rows in delta.history], axis=1)
 
-    inputs, gradients = joined("inputs"), joined("gradients")
+    inputs, gradients = joined("inputs"), joined("gradients").astype(jnp.float32)
+    inputs = inputs if is_places(inputs) else inputs.astype(jnp.float32)
     gradients *= jnp.concatenate([rows.weight for rows in delta.history], axis=1)[..., None]
-    product = jnp.einsum("crd,csd,crh,csh->c", inputs, inputs, gradients, gradients, optimize=[(0, 1), (0, 1), (0, 1)])
-    along = jnp.einsum("crh,crh->c", inputs @ delta.base.astype(jnp.float32), gradients)
+    product = (_gram(inputs, inputs) * _gram(gradients, gradients)).sum((1, 2))
+    along = jnp.einsum("crh,crh->c", _times(inputs, delta.base, None).astype(jnp.float32), gradients)
     return product + 2 * delta.shrink * along + delta.shrink**2 * (delta.base**2).sum()
 
 
@@ -205,7 +222,7 @@ def _product(x, kernel: DualKernel, expert) -> Float[Array, "group row hidden"]:
 @jax.custom_vjp
 def _dual(x, base, index, scale, history, slot, tap):
     """scale x W + ((x X^T) * weight) G: the product with the kernel, without forming it."""
-    y = (scale * _times(x, base, index)).astype(x.dtype)
+    y = (scale * _times(x, base, index)).astype(tap[1].dtype)
     for rows in history:
         y = y + _correction(x, rows.inputs, rows.gradients, rows, slot)
     return y
@@ -217,6 +234,8 @@ def _forward(x, base, index, scale, history, slot, tap):
 
 def _backward(kept, g):
     x, base, index, scale, history, slot = kept
+    if is_places(x):
+        return None, None, None, None, None, None, (x.astype(jnp.float32), g)
     back = (scale * _times(g, jnp.swapaxes(base, -1, -2), index)).astype(g.dtype)
     for rows in history:
         back = back + _correction(g, rows.gradients, rows.inputs, rows, slot)
@@ -226,18 +245,31 @@ def _backward(kept, g):
 _dual.defvjp(_forward, _backward)
 
 
+def is_places(x: Array) -> bool:
+    """Whether these are the places of one-hot rows."""
+    return jnp.issubdtype(x.dtype, jnp.integer)
+
+
 def _times(x, base, index):
+    if is_places(x):
+        return base[x]
     base = base.astype(x.dtype)
     return x @ base if index is None else grouped.matmul(x, base, index)
 
 
 def _correction(x, into, out, rows: History, slot) -> Float[Array, "group row width"]:
     """What these rows add to x W, or with `into` and `out` exchanged to x W^T."""
-    lanes = x.reshape(into.shape[0], -1, x.shape[-1])
-    gram = jnp.einsum("lrd,lnd->lrn", lanes, into)
-    gram = (gram * rows.weight).astype(x.dtype)
+    gram = _gram(x.reshape(into.shape[0], -1, *into.shape[2:]), into)
+    gram = (gram * rows.weight).astype(out.dtype)
     if rows.slot is not None:
         own, theirs = jnp.repeat(slot, x.shape[1]), jnp.repeat(rows.slot, into.shape[1] // rows.slot.shape[0])
         gram = jnp.where(own[:, None] == theirs, gram, 0)
     y = jnp.einsum("lrn,lnh->lrh", gram, out)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y.reshape(*x.shape[:2], y.shape[-1])
+
+
+def _gram(x, other) -> Float[Array, "lane row other_row"]:
+    """Products of all rows with all others, also of one-hot rows."""
+    if is_places(x):
+        return (x[:, :, None] == other[:, None, :]).astype(jnp.float32)
+    return jnp.einsum("lrd,lnd->lrn", x, other)

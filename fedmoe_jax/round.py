@@ -72,7 +72,7 @@ def federated_moe(
     conditions: Conditions | None = None,
     solo_examples: int | None = None,
     chunk_size: int | None = None,
-    engine: str = "primal",
+    engine: str = "auto",
     aggregator: Aggregator | None = None,
     control_variates: bool = False,
     personal_budget_bytes: float = 4e9,
@@ -98,7 +98,7 @@ def federated_moe(
       solo_examples: examples of the solo evaluation, 0 for none; `batch_size` if None.
       chunk_size: clients trained side by side; all of the cohort if None. Changes results by rounding only.
       engine: how clients train. "primal" gives each its own copy of the weights, "dual" none of a kernel's (see `local.dual`,
-        for optimizers that are linear), "auto" whichever costs less for each kernel. Changes results by rounding only.
+        for optimizers that are linear), "auto" whichever is predicted to cost less for each kernel. Changes results by rounding only.
       control_variates: clients correct their gradients as in SCAFFOLD, see `scaffold`, which doubles the traffic and keeps a
         gradient of the whole model for each client of the population. Clients then train with the primal engine.
       personal_budget_bytes: most that personal routers and control variates may each take in all.
@@ -116,7 +116,7 @@ def federated_moe(
     trainer = Trainer(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, prox, router == "personal",
         batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
-        aligner.max_slots, used, control_variates,
+        aligner.max_slots, aligner.probes, used, control_variates,
     )  # fmt: skip
 
     def init(key: Key[Array, ""], population: Population) -> State:
@@ -157,7 +157,7 @@ def federated_moe(
         pace, kept = _of_clients(state, cohort, alignment, taken, planned)
         new = State(state.key, state.round + 1, weights, shared, personal, controls, optimizer, learnt, total, last, pace, kept)
         dropped = available & ~admitted | cohort.present & ~on_time
-        facts = dict(tokens=tokens, total=total, staleness=state.round - last, dropped=dropped)
+        facts = dict(tokens=tokens, total=total, staleness=state.round - last, unavailable=~available, dropped=dropped)
         return new, summarize(cohort, trainees, alignment, cost, traffic, jnp.minimum(taken, limit), summary, **facts)
 
     def explain(population: Population) -> tuple[plan.Choice, ...]:
@@ -267,7 +267,7 @@ def _engine(engine: str, client_optimizer: Any, aggregator: Aggregator, parts: A
     elif engine != "primal" and not plan.is_linear(client_optimizer, (parts.experts, parts.shared)):
         reason = "client_optimizer is not linear in the gradient of each weight"
     if engine == "dual" and reason:
-        raise ValueError(f"engine is 'dual', but {reason}: use 'auto' or 'primal'")
+        raise ValueError(f"engine: 'dual' cannot serve, since {reason}; use 'auto' or 'primal'")
     return ("primal" if reason else engine), reason
 
 

@@ -7,6 +7,7 @@ from jaxtyping import Array, Int, Key
 from fedmoe_jax.base import stage_key
 
 _ROUNDS = 6
+_STEPS = 4  # of a walk between two looks whether all have arrived, for which a GPU's host waits
 _MIN_HALF_BITS = 3  # below this a Feistel network of six rounds reaches few permutations
 
 
@@ -37,7 +38,9 @@ def permutation(key: Key[Array, ""], position: Int[Array, "*shape"], size: Int[A
         return (left << half) | right
 
     def walk(value):
-        return jnp.where(value >= size, cipher(value), value)
+        for _ in range(_STEPS):
+            value = jnp.where(value >= size, cipher(value), value)
+        return value
 
     start = cipher(position.astype(jnp.uint32) % size)
     return jax.lax.while_loop(lambda value: (value >= size).any(), walk, start).astype(jnp.int32)

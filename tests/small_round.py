@@ -36,7 +36,7 @@ def aligner(name="random", num_experts=EXPERTS, max_slots=2):
 
 
 def algorithm(of=None, **options):
-    defaults = dict(client_optimizer=optax.sgd(0.3), server_optimizer=optax.sgd(1.0), cohort_size=5, batch_size=BATCH)
+    defaults = dict(client_optimizer=optax.sgd(0.3), server_optimizer=optax.sgd(1.0), cohort_size=5, batch_size=BATCH, engine="primal")
     options = defaults | {"aligner": options.get("aligner") or aligner(), "solo_examples": 0} | options
     if "local_steps" not in options:
         options.setdefault("local_epochs", 1)

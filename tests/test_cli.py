@@ -119,6 +119,7 @@ def test_an_existing_run_is_not_overwritten(run, capsys):
         (["--model", "transformer"], "model"),
         (["--model_options", "top_k=2"], "model_options"),
         (["--model_options", "hidden=x"], "model_options"),
+        (["--engine", "dual", "--client_optimizer", "adam"], "engine: 'dual' cannot serve, since client_optimizer is not linear"),
         (["--aligner", "json:dumps"], "aligner"),
         (["--profile", "json:loads"], "profile"),
         (["--profile", "math:prod"], "profile"),
@@ -214,6 +215,26 @@ def test_profile_prints_one_object(capsys):
     assert {"downlink_bytes_per_second", "uplink_bytes_per_second", "device"} <= set(found)
 
 
+def test_a_run_with_files_can_be_had_again_from_another_folder(capsys, tmp_path, monkeypatch):
+    home, away = tmp_path / "home", tmp_path / "away"
+    (home / "configs").mkdir(parents=True)
+    away.mkdir()
+    np.savez(home / "points.npz", x=np.eye(3, dtype=np.float32)[np.arange(300) % 3], y=np.arange(300) % 3)
+    client = dict.fromkeys(("flops_per_second", "memory_bytes", "downlink_bytes_per_second", "uplink_bytes_per_second"), 1e9)
+    (home / "configs" / "clients.json").write_text(json.dumps(client))
+    (home / "configs" / "run.toml").write_text('data = "../points.npz"\nprofile = "clients.json"\n')
+    monkeypatch.chdir(home)
+    printed(capsys, ["train", "configs/run.toml", *TINY, "--out", "run"])
+    monkeypatch.chdir(away)
+    before = content(home / "run")
+    printed(capsys, ["train", "--resume", "--out", "../home/run", "--data", "../home/points.npz"])
+    assert content(home / "run") == before
+    found = json.loads(printed(capsys, ["eval", "../home/run", "--data", "../home/points.npz"]))
+    assert "client_accuracy_mean" in found  # the run's own data
+    printed(capsys, ["train", "../home/run/config.toml", "--init_from", "../home/run", "--out", "run"])
+    assert from_toml("run/config.toml") == from_toml("../home/run/config.toml") | {"init_from": str(home / "run")}
+
+
 def test_init_from_starts_with_the_weights_of_a_run(run, capsys, tmp_path):
     out = tmp_path / "more"
     still = ["--client_lr", "1e-30", "--rounds", "1"]  # too small to change a weight
@@ -232,7 +253,9 @@ def test_init_from_starts_with_the_weights_of_a_run(run, capsys, tmp_path):
 def test_compare_gives_aligners_the_same_start(capsys, tmp_path):
     out = tmp_path / "compared"
     words = ["compare", *TINY, "--rounds", 2, "--aligners", "random", "load_only", "--seeds", 2, "--out", out]
-    assert str(out / "report.html") in printed(capsys, words)
+    lines = printed(capsys, words)
+    assert str(out / "report.html") in lines
+    assert all(f"{aligner}, seed {n}, round 2  loss" in lines for aligner in ("random", "load_only") for n in (0, 1))
     table = json.loads((out / "comparison.json").read_text())
     assert set(table["aligners"]) == {"random", "load_only"} and (out / "report.html").is_file() and list((out / "plots").glob("*.png"))
     runs = {(aligner, n): metrics.read(out / aligner / f"seed-{n}" / "metrics.jsonl") for aligner in table["aligners"] for n in (0, 1)}

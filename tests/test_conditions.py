@@ -54,6 +54,7 @@ def test_a_client_that_is_late_counts_as_one_that_was_away_but_for_its_download(
     assert (late.aligner.fitness.value[3] == 1.0).all() and (late.aligner.fitness.value[2] != 1.0).any()
     np.testing.assert_array_equal(late.aligner.load.load, away.aligner.load.load)
     assert (info.clients, info.dropped_clients) == (CLIENTS - 1, 1) and (other.clients, other.dropped_clients) == (CLIENTS - 1, 0)
+    assert (info.unavailable_clients, other.unavailable_clients) == (0, 1)
     np.testing.assert_array_equal(info.load, other.load)
     assert info.bytes_down > other.bytes_down and info.bytes_up == other.bytes_up
     assert info.simulated_seconds == 1.0 and other.simulated_seconds < 1.0

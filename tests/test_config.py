@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmoe_jax.training import config as config_module
-from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, parse, to_toml, validate
+from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, located, parse, to_toml, validate
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=20)
 OPTION = st.one_of(st.booleans(), st.integers(-9, 9), st.floats(allow_nan=False), TEXT, st.lists(st.integers(0, 9), max_size=3))
@@ -132,6 +132,21 @@ def test_from_toml_refuses_what_is_no_text_file(tmp_path):
     for path in (tmp_path, tmp_path / "absent.toml", tmp_path / "bytes.toml"):
         with pytest.raises(ValueError, match=str(path)):
             from_toml(path)
+
+
+def test_paths_are_looked_for_beside_the_file_and_then_in_the_folder(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    for name in ("configs/both.npz", "both.npz", "here.json", "digits", "phones"):
+        (tmp_path / name).touch()
+    path = tmp_path / "configs" / "run.toml"
+    path.write_text('data = "both.npz"\nprofile = "here.json"\ninit_from = "absent"\n')
+    monkeypatch.chdir(tmp_path)
+    config = read("configs/run.toml")
+    assert config.data == str(tmp_path / "configs" / "both.npz") and config.profile == str(tmp_path / "here.json")
+    assert config.init_from == "absent"
+    assert read("configs/run.toml", "--data", "both.npz").data == str(tmp_path / "both.npz")
+    assert read("--profile", "phones") == TrainConfig(profile="phones")  # the names of what is no file go first
+    assert located(TrainConfig(data="both.npz")).data == str(tmp_path / "both.npz")
 
 
 @given(data=TEXT, alpha=st.floats(allow_nan=False), steps=st.none() | st.integers(), options=st.dictionaries(TEXT, OPTION, max_size=4))

@@ -4,6 +4,8 @@ import pytest
 from test_cli import TINY
 
 from fedmoe_jax import cli
+from fedmoe_jax.training import setup
+from fedmoe_jax.training.config import TrainConfig
 
 NO_FACTOR = "not a factor of one product, or only in a transformation"
 
@@ -43,3 +45,12 @@ def test_auto_says_what_costs_less(capsys, tmp_path, monkeypatch):
     assert set(explained(capsys, tmp_path, monkeypatch, *wide).values()) == reasons
     many = explained(capsys, tmp_path, monkeypatch, *wide, "--local_steps", "9")
     assert {engine for engine, _ in many.values()} == {"primal"}
+
+
+def test_the_dual_engine_leaves_memory_for_more_clients():
+    wide = dict(population=40, cohort=20, batch_size=2, local_epochs=1, model_options={"hidden": 256, "expert_hidden": 512})
+    primal, dual = (setup.build(TrainConfig(engine=engine, **wide)) for engine in ("primal", "dual"))
+    memory = 10e6
+    assert 3 * primal.fitting(memory) <= dual.fitting(memory)
+    many = setup.build(TrainConfig(engine="dual", **wide | dict(local_epochs=8)))  # rows of more steps
+    assert many.fitting(memory) < dual.fitting(memory)

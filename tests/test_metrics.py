@@ -1,6 +1,7 @@
 """Metrics: what is written is what is read, also after a crash."""
 
 import io
+import itertools
 import json
 import subprocess
 
@@ -135,6 +136,17 @@ def test_progress_prints_plain_lines_at_evaluations():
     lines = stream.getvalue().splitlines()
     assert lines[0].startswith("round 2/5  loss 1.250  accuracy 0.500  load CV 0.10  clients/s 1,234")
     assert lines[1].startswith("round 5/5") and lines[2:] == ["out of memory [chunk]: halved to 10"]
+
+
+def test_progress_of_several_runs_names_each_and_keeps_their_values_apart():
+    stream = io.StringIO()
+    with Progress(4, stream) as progress:
+        for done, (run, line) in enumerate(itertools.product(("full, seed 0", "full, seed 1"), rounds([None, 0.5], train_loss=1.25)), 1):
+            progress.update(line | {"eval_loss": 2.0 if done == 3 else None}, done, run)
+    first, second, third = stream.getvalue().splitlines()
+    assert first.startswith("round 2/4  full, seed 0, round 2  loss 1.250  accuracy 0.500")
+    assert second.startswith("round 3/4  full, seed 1, round 1  loss 1.250  test loss 2.000") and "accuracy" not in second
+    assert third.startswith("round 4/4  full, seed 1, round 2  loss 1.250  test loss 2.000  accuracy 0.500")
 
 
 @pytest.mark.parametrize("width", ["20", "120"])

@@ -1,5 +1,6 @@
 """The README's Python blocks run as printed."""
 
+import json
 import re
 from pathlib import Path
 
@@ -26,6 +27,10 @@ def test_functional_api_runs_and_learns_also_from_a_file(tmp_path, monkeypatch):
     assert np.asarray(names["info"].load[-1]).sum() == 40
     exec(compile(block("Stream.from_arrays"), "README", "exec"), names)
     np.testing.assert_allclose(names["info"].train_loss, losses[5:], rtol=1e-5)
+    client = dict.fromkeys(("flops_per_second", "memory_bytes", "downlink_bytes_per_second", "uplink_bytes_per_second"), 1e9)
+    (tmp_path / "clients.jsonl").write_text(json.dumps(client))
+    exec(compile(block("profiles.read"), "README", "exec"), names)
+    assert (names["population"].profile.memory_bytes == 1e9).all() and names["population"].num_clients == 50
 
 
 def test_own_model_is_accepted():

@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +82,22 @@ def test_fitness_map_takes_any_population(tmp_path, shape):
     assert size(plots.fitness_map(values, tmp_path / "fitness.png")) == (840, 660)
 
 
+def drawn(monkeypatch, draw, *arguments):
+    """The axes of a picture, which is not written."""
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or Path(path))
+    draw(*arguments, "unused.png")
+    return figures[0].axes[0]
+
+
+def test_pairs_that_are_not_known_are_grey_and_never_a_clients_best(monkeypatch):
+    values = np.array([[np.nan, np.nan], [0.1, 0.9], [np.nan, 0.2], [0.3, np.nan]])
+    axes = drawn(monkeypatch, plots.fitness_map, values)
+    np.testing.assert_array_equal(axes.images[0].get_array().filled(np.nan), values[[3, 1, 2, 0]])
+    assert "never tried" in axes.get_legend().get_texts()[0].get_text()
+    assert drawn(monkeypatch, plots.fitness_map, np.ones((2, 2))).get_legend() is None
+
+
 def test_pictures_depend_on_the_records(tmp_path):
     first = plots.learning_curves(make_run(), tmp_path / "a.png").read_bytes()
     assert first == plots.learning_curves(make_run(), tmp_path / "b.png").read_bytes()
@@ -91,6 +108,27 @@ def test_comparison_pictures(tmp_path):
     runs = {"random": [make_run(seed=s) for s in range(2)], "full": [make_run()], "greedy": [without_evaluations(make_run())]}
     plots.draw_comparison(runs, tmp_path)
     assert {path.stem for path in tmp_path.iterdir()} == {f"compare-{metric}" for metric in plots.COMPARED_CURVES}
+
+
+@pytest.mark.parametrize("seeds", [1, 2, plots.FEW_SEEDS])
+def test_few_seeds_are_drawn_one_by_one(monkeypatch, seeds):
+    axes = drawn(monkeypatch, plots.compare_curves, {"full": [make_run(final=0.1 + 0.2 * n) for n in range(seeds)]}, "eval_accuracy")
+    assert not axes.collections and len(axes.lines) == (1 if seeds == 1 else 1 + seeds)
+    assert ("each seed" in axes.get_legend().get_title().get_text()) == (seeds > 1)
+    assert axes.get_ylim()[0] >= -0.05 and axes.get_ylim()[1] <= 1
+
+
+@pytest.mark.parametrize(("metric", "most"), [("eval_accuracy", 1.0), ("eval_loss", np.inf)])
+def test_bands_stay_within_what_can_be_and_say_so(monkeypatch, metric, most):
+    def band(finals):
+        axes = drawn(monkeypatch, plots.compare_curves, {"full": [make_run(final=final) for final in finals]}, metric)
+        assert len(axes.lines) == 1
+        return axes.collections[0].get_paths()[0].vertices[:, 1], axes.get_legend().get_title().get_text()
+
+    height, title = band([0.0, 0.0, 1.0, 1.0, 1.0])
+    assert height.min() >= 0 and height.max() <= most and "cut" in title
+    height, title = band([0.5, 0.51, 0.52, 0.53, 0.54])
+    assert np.ptp(height) > 0 and title.endswith("95% interval")
 
 
 @pytest.mark.parametrize("n", [2, 5, 30])
@@ -114,7 +152,7 @@ def test_compare_table_against_a_slow_oracle():
     assert tuple(balanced) == COMPARED == tuple(table["metrics"])
     assert balanced["eval_accuracy"]["mean"] == pytest.approx(0.825) and balanced["eval_accuracy"]["n"] == 2
     assert balanced["eval_accuracy"]["half_width"] == pytest.approx(12.7062047 * 0.125)
-    assert balanced["rounds_to_target"] == {"mean": 6.0, "half_width": 0.0, "n": 2, "censored": 1}
+    assert balanced["rounds_to_target"] == {"mean": 6.0, "half_width": None, "n": 1, "censored": 1}
     assert balanced["bytes_to_target"]["mean"] == balanced["bytes_total"]["mean"] == 9000
     assert balanced["simulated_seconds_total"]["mean"] == 12.0
     assert table["aligners"]["full"]["eval_accuracy"]["half_width"] is None
@@ -194,10 +232,17 @@ def test_report_of_a_comparison(tmp_path):
     plots.compare_curves(runs, "eval_accuracy", tmp_path / "plots" / "compare-eval_accuracy.png")
     path = write_report(tmp_path)
     page = read_page(path)
-    for expected in ("0.8500 ± 0.6353", "0.7000 ± 0.0000", "6 ± 0, 2 of 2 never", "0.8415", "0.125", "x cpu"):
+    for expected in ("0.8500 ± 0.6353", "0.7000 ± 0.0000", "6 (1 of 2 seeds)", "– (0 of 2 seeds)", "0.8415", "0.125", "x cpu"):
         assert expected in page.text.replace("\u00a0", " ")
     assert page.pictures == 1
-    assert re.search(r'class="best">0\.8500', path.read_text())
+    assert re.search(r'class="best">0\.8500', path.read_text()) and 'class="best">6 (1 of 2 seeds)' in path.read_text()
+
+
+def test_of_a_target_most_seeds_are_best_before_fewest_rounds(tmp_path):
+    runs = {"balanced": [make_run(final=f) for f in (1.0, 0.7)], "random": [make_run(final=0.8)] * 2}
+    metrics.write_json(tmp_path / "comparison.json", compare_table(runs, 0.75))
+    page = write_report(tmp_path).read_text().replace("\u00a0", " ")
+    assert '<td class="">6 (1 of 2 seeds)</td><td class="best">6 ± 0</td>' in page
 
 
 DAMAGED = {

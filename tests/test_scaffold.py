@@ -161,6 +161,6 @@ def test_clients_with_broken_data_or_too_little_memory_keep_no_control_variate()
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="control_variates keeps a gradient of the whole model for every client, which takes"):
         algorithm(control_variates=True, personal_budget_bytes=1e3).init(KEY, population())
-    with pytest.raises(ValueError, match="engine is 'dual', but control_variates are added to each client's gradients"):
+    with pytest.raises(ValueError, match="engine: 'dual' cannot serve, since control_variates are added to each client's gradients"):
         algorithm(control_variates=True, engine="dual")
     assert {choice.use for choice in algorithm(control_variates=True, engine="auto").plan(population())} == {None}

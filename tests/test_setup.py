@@ -78,6 +78,16 @@ def test_aligners_share_weights_and_split_and_seeds_share_only_the_split():
             np.testing.assert_array_equal(ours, theirs)
 
 
+def test_scores_of_pairs_never_tried_are_not_known():
+    built = setup.build(CONFIG)
+    state = built.algorithm(1).init(jax.random.key(0), built.population)
+    assert np.isnan(built.aligner_scores(state)).all()
+    learnt = state.aligner.fitness
+    learnt = dataclasses.replace(learnt, value=learnt.value.at[3, 1].set(0.5))
+    scores = built.aligner_scores(dataclasses.replace(state, aligner=dataclasses.replace(state.aligner, fitness=learnt)))
+    assert scores[3, 1] == 0.5 and np.isfinite(scores).sum() == 1
+
+
 def test_all_seeds_share_the_test_set():
     tests = [setup.build(dataclasses.replace(CONFIG, seed=seed)).test for seed in (0, 1)]
     for ours, theirs in zip(*tests, strict=True):

@@ -34,6 +34,7 @@ class Trainer(NamedTuple):
     chunk_size: int
     aggregator: Aggregator
     max_slots: int
+    probes: int
     engine: str
     control_variates: bool
 
@@ -90,7 +91,7 @@ class Trainer(NamedTuple):
         sizes: dict[str, Any] = dict(batch_size=self.batch_size, local_epochs=self.local_epochs, local_steps=self.local_steps)
         steps = dual.most_steps(population, **sizes)
         balance = plan.BALANCE.get(jax.default_backend(), plan.BALANCE["gpu"])
-        options: dict[str, Any] = dict(slots=self.max_slots, steps=steps, engine=self.engine, balance=balance)
+        options: dict[str, Any] = dict(slots=self.max_slots, probes=self.probes, steps=steps, engine=self.engine, balance=balance)
         return plan.engines(self.parts, self.loss_fn, batch_shape(population, self.batch_size), **options)
 
     def uses(self, population: Population) -> tuple[dual.Use | None, ...]:

@@ -34,6 +34,7 @@ class Use(NamedTuple):
     """How a step uses a kernel: the shapes of its inputs and outputs [group, row, width], and whether groups are tiles.
 
     Tiles of rows go to slots that the router chose; otherwise group g is slot g, or the kernel is shared and there is one.
+    The inputs of a table are the places that are looked up, [1, row].
     """
 
     inputs: jax.ShapeDtypeStruct
@@ -42,7 +43,7 @@ class Use(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Inputs and gradients [lane, row, width] of some steps from `first`, and the slots of their tiles."""
+    """Inputs (or the places of one-hot ones) and gradients [lane, row, width] of some steps from `first`, and the slots of their tiles."""
 
     inputs: Array
     gradients: Array
@@ -157,7 +158,7 @@ def _rows(seen, use: Use, first: int = 0, steps: int = 1) -> _Rows:
     """What a kernel saw in a step, in lanes."""
     inputs, gradients, *slot = seen
     if not use.tiled:
-        return _Rows(inputs, gradients, None, first, steps)
+        return _Rows(inputs if inputs.ndim > 2 else inputs.astype(jnp.int32), gradients, None, first, steps)
     inputs, gradients = (a.reshape(1, -1, a.shape[-1]) for a in (inputs, gradients))
     return _Rows(inputs, gradients, slot[0].astype(jnp.int32), first, steps)
 
@@ -200,5 +201,5 @@ def _put(index, stored, new):
 
 
 def _axis(rows) -> int:
-    """The axis of rows, of [lane, row, width], or of tiles."""
+    """The axis of rows, of [lane, row, width] or [lane, row], or of tiles."""
     return rows.ndim // 2

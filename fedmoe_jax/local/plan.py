@@ -1,10 +1,12 @@
 """Plans local training: which engine trains each kernel, and how many clients are trained side by side."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array
@@ -19,17 +21,18 @@ MEMORY_SHARE = 0.5
 """Share of a device's total memory that the weights of a chunk may take; the rest is for data, state and temporaries."""
 
 
-def chunk_size(cost: RoundCost, *, cohort_size: int, max_slots: int, probes: int, memory_bytes: float) -> int:
+def chunk_size(cost: RoundCost, *, cohort_size: int, max_slots: int, probes: int, memory_bytes: float, saved: float = 0.0) -> int:
     """Clients whose weights, gradients, optimizer state and activations fit into the device at once.
 
     Args:
       cost: of one client's round, see `fedmoe_jax.local.cost.round_cost`.
       memory_bytes: TOTAL memory of the device, so that the same device always gives the same chunk.
+      saved: bytes that a client takes less than with the primal engine, see `Choice`.
 
     Returns:
       1 to cohort_size; chunks are made about equal, so that the last one is not nearly empty.
     """
-    client = float(cost.shared_memory) + (max_slots + probes) * float(cost.expert_memory)
+    client = max(float(cost.shared_memory) + (max_slots + probes) * float(cost.expert_memory) - saved, 1.0)
     fitting = max(1, min(cohort_size, int(MEMORY_SHARE * memory_bytes / client)))
     chunks = -(-cohort_size // fitting)
     return -(-cohort_size // chunks)
@@ -37,13 +40,15 @@ def chunk_size(cost: RoundCost, *, cohort_size: int, max_slots: int, probes: int
 
 class Choice(NamedTuple):
     """Why a weight is trained as it is: predicted cost of a client's local training in both engines, in FLOPs, bytes of
-    traffic counted as so many FLOPs each. `use` is None where it stays primal; costs are 0 where nothing was predicted."""
+    traffic counted as so many FLOPs each. `use` is None where it stays primal; costs are 0 where nothing was predicted.
+    `saved`: bytes that a client takes less as it is than with the primal engine."""
 
     name: str
     use: Use | None
     primal: float
     dual: float
     reason: str
+    saved: float = 0.0
 
 
 _TRIALS = 16  # steps in which an optimizer must act linearly; some begin to adapt after a few
@@ -52,12 +57,14 @@ BALANCE = {"cpu": 8.0, "gpu": 100.0, "tpu": 100.0}
 """FLOPs that take about as long as a byte of memory traffic; a setting, not a measurement."""
 
 
-def engines(parts: Partition, loss_fn: LossFn, batch: Batch, *, slots: int, steps: int, engine: str, balance: float) -> tuple[Choice, ...]:
+def engines(
+    parts: Partition, loss_fn: LossFn, batch: Batch, *, slots: int, probes: int, steps: int, engine: str, balance: float
+) -> tuple[Choice, ...]:
     """The engine of each leaf of (experts, shared): the dual one for what is a factor of one product and costs less there.
 
     Args:
       batch: shapes of a batch.
-      slots: experts that a client holds, of each group.
+      slots, probes: experts that a client trains and only evaluates, of each group.
       steps: local steps of the largest client.
       engine: "auto", "primal", or "dual" for all that can be.
       balance: FLOPs that take as long as a byte of memory traffic.
@@ -73,7 +80,8 @@ def engines(parts: Partition, loss_fn: LossFn, batch: Batch, *, slots: int, step
         better = engine == "dual" or (engine == "auto" and dual < primal and steps <= UNROLLED)
         reason = "asked for" if engine != "auto" else "costs less" if better else "would cost more in the dual engine"
         reason = f"more than {UNROLLED} steps" if engine == "auto" and dual < primal and not better else reason
-        choices.append(Choice(name, use if better else None, primal, dual, reason))
+        saved = _saved(use, leaf.shape[-2:], slots + probes if leaf.ndim == 3 else 1, steps) if better else 0.0
+        choices.append(Choice(name, use if better else None, primal, dual, reason, saved))
     return tuple(choices)
 
 
@@ -101,19 +109,22 @@ def is_linear(optimizer: optax.GradientTransformation | Callable[[Array], optax.
 def _trial(optimizer: optax.GradientTransformation, weights: Any, size: Array) -> tuple[Array, Array]:
     """The largest change of a weight in some steps from gradients of a size, and how far off the prediction is."""
     leaves, treedef = jax.tree.flatten(weights)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    basis = [jax.random.normal(key, (_TRIALS + 1, *(2,) * leaf.ndim)) for key, leaf in zip(keys, leaves, strict=True)]  # W_0, gradients
-    basis = [row.at[1:].multiply(size) for row in basis]
+    shapes = [(_TRIALS + 1, *(2,) * leaf.ndim) for leaf in leaves]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    numbers = np.sqrt(2) * np.cos(np.sqrt(2) * np.arange(ends[-1]) ** 2)  # as good as random, and a constant of the program
+    drawn = [rows.reshape(shape) for rows, shape in zip(np.split(np.float32(numbers), ends[:-1]), shapes, strict=True)]
+    basis = [jnp.concatenate([rows[:1], size * rows[1:]]) for rows in drawn]  # W_0, then gradients
     units = [jnp.eye(_TRIALS + 1).reshape(_TRIALS + 1, -1, *(1,) * max(leaf.ndim - 1, 0)) for leaf in leaves]
 
+    def step(carry, gradients):
+        current, state = carry
+        updates, state = optimizer.update(jax.tree.unflatten(treedef, gradients), state, current)
+        return (optax.apply_updates(current, updates), state), None
+
     def run(rows):
-        start = current = [row[0] for row in rows]
-        state = optimizer.init(jax.tree.unflatten(treedef, current))
-        for step in range(1, _TRIALS + 1):
-            gradients = jax.tree.unflatten(treedef, [row[step] for row in rows])
-            updates, state = optimizer.update(gradients, state, jax.tree.unflatten(treedef, current))
-            current = jax.tree.leaves(optax.apply_updates(jax.tree.unflatten(treedef, current), updates))
-        return [new - old for new, old in zip(current, start, strict=True)]
+        start = jax.tree.unflatten(treedef, [row[0] for row in rows])
+        (current, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), [row[1:] for row in rows])
+        return jax.tree.leaves(jax.tree.map(jnp.subtract, current, start))
 
     changes = run(basis)
     predicted = [
@@ -168,6 +179,12 @@ def _use(probe: Probe | None) -> Use | None:
     if probe is None or probe.other or len(probe.products) != 1:
         return None
     ((x, tiled),) = probe.products
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return Use(
+            jax.ShapeDtypeStruct((1, x.size), jnp.float32),
+            jax.ShapeDtypeStruct((1, x.size, probe.value.shape[1]), probe.value.dtype),
+            False,
+        )
     shape = x.shape if len(probe.value.shape) == 3 else (1, x.size // x.shape[-1], x.shape[-1])
     out = (*shape[:-1], probe.value.shape[-1])
     return Use(jax.ShapeDtypeStruct(shape, x.dtype), jax.ShapeDtypeStruct(out, x.dtype), tiled)
@@ -179,17 +196,30 @@ def _cost(use: Use, width: tuple[int, ...], slots: int, steps: int, balance: flo
     Both do three products of all rows with the kernel. Primal reads the client's kernel twice a step and updates it; dual
     multiplies rows by the rows before them, forwards and backwards, and reads those.
     """
-    fan_in, fan_out = width
-    groups, rows, _ = use.inputs.shape
+    fan_in, fan_out = _features(use), width[1]
+    groups, rows = use.inputs.shape[:2]
     total = groups * rows * steps
     lanes = 1 if use.tiled else groups
     before = total / lanes * ((steps - 1) / (2 * steps) if steps <= UNROLLED else 1.0)
     itemsize = use.inputs.dtype.itemsize
     products = 6.0 * total * fan_in * fan_out
-    primal = products + balance * steps * 6 * 4 * slots * fan_in * fan_out
+    primal = products + balance * steps * 6 * 4 * slots * width[0] * width[1]
     dual = (
         products
         + 4.0 * total * before * (fan_in + fan_out)
         + balance * itemsize * (fan_in + fan_out) * (2 * steps * lanes * before + 4 * total)
     )
     return primal, dual
+
+
+def _saved(use: Use, width: tuple[int, ...], received: int, steps: int) -> float:
+    """Bytes of a client's own weights, gradients and deltas, less those of the rows and products that take their place."""
+    groups, rows = use.inputs.shape[:2]
+    total, lanes = groups * rows, 1 if use.tiled else groups
+    history = use.inputs.dtype.itemsize * steps * total * (_features(use) + width[1] + total // lanes)
+    return 3.0 * 4 * received * width[0] * width[1] - history
+
+
+def _features(use: Use) -> int:
+    """Numbers that are kept of an input: of a one-hot row its place."""
+    return use.inputs.shape[2] if len(use.inputs.shape) == 3 else 1

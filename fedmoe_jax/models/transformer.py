@@ -6,7 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fedmoe_jax.kernels import matmul
+from fedmoe_jax.kernels import lookup, matmul
 from fedmoe_jax.nn.attention import Attention
 from fedmoe_jax.nn.linear import Linear, RMSNorm, variance_scaling
 from fedmoe_jax.nn.moe import MoE
@@ -102,7 +102,7 @@ class Transformer(nnx.Module):
         if self.max_length is not None and x.shape[1] > self.max_length:
             raise ValueError(f"x has {x.shape[1]} tokens, max_length is {self.max_length}")
         embedding = self.embedding.get_value()
-        h = embedding[x]
+        h = lookup(embedding, x)
         h = h if self.dtype is None else h.astype(self.dtype)
         apply = nnx.remat(Layer.__call__) if self.remat else Layer.__call__
         for layer in self.layers:

@@ -11,7 +11,7 @@ import numpy as np
 from fedmoe_jax.experts import Partition
 from fedmoe_jax.training import metrics
 from fedmoe_jax.training.comparison import compare_table
-from fedmoe_jax.training.config import TrainConfig, UsageError, to_toml, validate
+from fedmoe_jax.training.config import TrainConfig, UsageError, located, to_toml, validate
 from fedmoe_jax.training.metrics import MetricsLog, Record
 from fedmoe_jax.training.plots import draw_comparison
 from fedmoe_jax.training.progress import Progress
@@ -35,7 +35,7 @@ def compare(config: TrainConfig, out: str | Path, *, aligners: list[str], seeds:
     Raises:
       UsageError, ValueError: naming what cannot be.
     """
-    out = Path(out)
+    config, out = located(config), Path(out)
     if out.is_dir() and any(out.iterdir()):
         raise UsageError(f"--out {out} is not empty: choose a new folder")
     claim(out, config, resume=False)
@@ -104,8 +104,8 @@ def _run(setups: Sequence[Setup], folders: Sequence[Path], together: bool, progr
         else:
             run.start(*these)
         for records in run.blocks():
-            for (_, log), record in zip(batch, records, strict=True):
+            for (setup, log), record in zip(batch, records, strict=True):
                 log.append(record)
                 done += 1
-                progress.update(record, done)
+                progress.update(record, done, f"{setup.config.aligner}, seed {setup.config.seed}")
     return [metrics.read(log.path) for log in logs]

@@ -42,7 +42,7 @@ def compare_table(runs: Mapping[str, Sequence[Sequence[Record]]], target: float 
     """Means over seeds with 95% intervals, for each aligner and each figure of COMPARED.
 
     The target is `target`, or else 99% of the mean final eval_accuracy of the aligner `random` where that is among `runs`.
-    A run that never reaches it is censored: it counts with its last round and all its bytes, and in `censored`.
+    What the target took is a mean over the runs that reach it; the others are counted in `censored`.
 
     Args:
       runs: aligner -> one list of metrics.jsonl objects for each seed.
@@ -82,18 +82,14 @@ def _target(runs, target):
 def _run(records, target):
     """The figures of one run, and whether it is censored."""
     rounds, num_bytes = metrics.to_target(records, target)
-    all_bytes = metrics.total(records, "bytes_down", "bytes_up")
-    censored = target is not None and rounds is None
-    if censored:
-        rounds, num_bytes = records[-1]["round"] + 1, all_bytes
     return {
         **{name: metrics.final(records, name) for name in COMPARED if name in metrics.METRIC_FIELDS},
         "eval_accuracy_best": metrics.best(records, "eval_accuracy"),
         "rounds_to_target": rounds,
         "bytes_to_target": num_bytes,
-        "bytes_total": all_bytes,
+        "bytes_total": metrics.total(records, "bytes_down", "bytes_up"),
         "simulated_seconds_total": metrics.total(records, "simulated_seconds"),
-        "censored": censored,
+        "censored": target is not None and rounds is None,
     }
 
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ class TrainConfig:
     """How far a client's speed differs from its profile for good, as the deviation of its logarithm."""
     speed_jitter: float = 0.0
     """How far a client's speed differs from round to round, likewise."""
-    engine: str = "primal"
+    engine: str = "auto"
     """Local training: primal, each client with its own weights; dual, without; or auto, whichever costs less for each kernel."""
     dtype: str = "float32"
     """Type of the computation: float32 or bfloat16."""
@@ -212,20 +213,39 @@ def _text(name, value):
 
 
 def from_toml(path: str | Path, cls: type = TrainConfig) -> dict[str, Any]:
-    """The fields that a TOML file sets; their values are not validated yet.
+    """The fields that a TOML file sets; their values are not validated yet. Paths of what lies beside the file become absolute.
 
     Raises:
       ValueError: in one line with the file, and the field where there is one: not readable, not TOML, an unknown field, a wrong type.
     """
-    return fields.from_toml(path, cls)
+    values = fields.from_toml(path, cls)
+    return values | _found(values, Path(path).parent)
+
+
+def located(config: Any) -> Any:
+    """The same configuration with absolute paths of the files and folders that it names, where they exist, so that it serves anywhere."""
+    return dataclasses.replace(config, **_found(vars(config), Path()))
+
+
+def _found(values: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """The fields that name what exists in a folder, as absolute paths. The names of what is no file go first, as when they are loaded."""
+    given = {name: values[name] for name in ("data", "profile", "init_from") if values.get(name)}
+    if given.get("data") == "digits" or given.get("data", "").startswith("hf:"):
+        del given["data"]
+    if not given.get("profile", "").endswith(PROFILE_FILES):
+        given.pop("profile", None)
+    return {name: os.path.abspath(folder / value) for name, value in given.items() if os.path.exists(folder / value)}
 
 
 def parse(
     cls: type, argv: Sequence[str], prog: str, *, default: Any = None, options: type | None = None, description: str | None = None
 ) -> tuple[Any, Any]:
-    """Reads `[CONFIG.toml] [--field value ...]` into a valid `cls` and the flags of `options`; see `fields.parse`.
+    """Reads `[CONFIG.toml] [--field value ...]` into a valid `cls`, `located`, and the flags of `options`; see `fields.parse`.
 
     Raises:
       UsageError: for any mistake, in one line that names the field.
     """
-    return fields.parse(cls, argv, prog, default=default, options=options, check=validate, description=description)
+    config, chosen = fields.parse(
+        cls, argv, prog, default=default, options=options, read=from_toml, check=validate, description=description
+    )
+    return located(config), chosen

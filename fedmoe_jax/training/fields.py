@@ -142,6 +142,7 @@ def parse(
     *,
     default: Any = None,
     options: type | None = None,
+    read: Callable[[str, type], dict[str, Any]] = from_toml,
     check: Callable[[Any], None] = lambda config: None,
     description: str | None = None,
 ) -> tuple[Any, Any]:
@@ -154,6 +155,7 @@ def parse(
       default: an instance of `cls` to start from; `cls()` if None.
       options: dataclass of flags that are not part of the configuration (such as --out) and that no file may set; each needs a default.
         Both dataclasses are frozen, and share no field.
+      read: the fields that a file sets.
       check: raises ValueError "field: ..." for values that cannot be.
       description: first paragraph of the help.
 
@@ -169,7 +171,7 @@ def parse(
         path, words = _take_file(list(argv), flags)
         words, dotted = _take_dotted(words, flags)
         if path is not None:
-            default = dataclasses.replace(default, **from_toml(path, cls))
+            default = dataclasses.replace(default, **read(path, cls))
         config, chosen = _read_flags(cls, options, words, prog, default, description or cls.__doc__)
         tables = {
             name: getattr(default, name) | getattr(config, name) | dotted.get(name, {}) for name in hints(cls) if _is_table(name, flags)

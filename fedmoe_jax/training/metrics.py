@@ -35,6 +35,7 @@ METRIC_FIELDS = (
     "wall_seconds",
     "clients_per_second",
     "peak_memory_bytes",
+    "unavailable_clients",
     "dropped_clients",
     "rejected_updates",
 )

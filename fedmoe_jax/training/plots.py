@@ -11,6 +11,7 @@ from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from fedmoe_jax.training.comparison import mean_interval
@@ -28,7 +29,9 @@ LABELS = {
     "load_cv_total": "CV of tokens per expert, whole run",
 }
 COMPARED_CURVES = ("eval_accuracy", "client_accuracy_mean", "client_accuracy_p10", "eval_loss", "load_cv", "load_cv_total")
+FEW_SEEDS = 4  # up to which the curves of a comparison show single seeds: an interval of so few says little
 _MOST_ROWS = 400  # clients drawn in the fitness map
+_UNKNOWN = "#dddddd"
 _MOST_MARKERS = 15
 _DENSE = 300  # points from which a line is drawn thin
 
@@ -69,18 +72,25 @@ def load_heatmap(records: Sequence[Record], path: str | Path) -> Path:
 
 
 def fitness_map(values: Float[np.ndarray, "client expert"], path: str | Path) -> Path:
-    """Fitness of each client for each expert; clients are sorted by their best expert, so that specialisation shows as steps."""
+    """Fitness of each client for each expert; clients are sorted by their best expert, so that specialisation shows as steps.
+
+    Pairs that are NaN, whose fitness is not known, are grey, and clients that have no others come last.
+    """
     values = np.asarray(values, float)
     num_clients = len(values)
-    order = np.lexsort((-np.nan_to_num(values, nan=-np.inf).max(1), np.nan_to_num(values, nan=-np.inf).argmax(1)))
+    known = np.where(np.isfinite(values), values, -np.inf)
+    order = np.lexsort((-known.max(1), known.argmax(1), np.isneginf(known).all(1)))
     shown = order[np.unique(np.linspace(0, num_clients - 1, min(num_clients, _MOST_ROWS)).round().astype(int))]
     figure, axes = _figure(1, 1, size=(7, 5.5))
     rows = np.where(np.isfinite(values[shown]), values[shown], np.nan)
-    axes.set_facecolor("#dddddd")
+    axes.set_facecolor(_UNKNOWN)
     image = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest")
     figure.colorbar(image, ax=axes).set_label("fitness (higher is better)")
     _whole_numbers(axes.xaxis)
     _whole_numbers(axes.yaxis)
+    if not np.isfinite(rows).all():
+        grey = Patch(facecolor=_UNKNOWN, label="still at the prior, as pairs never tried are")
+        axes.legend(handles=[grey], frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 0.99))
     some = f"{len(shown)} of {num_clients:,} clients" if len(shown) < num_clients else "clients"
     _finish(axes, "expert", f"{some}, sorted by best expert", grid=False, empty=not np.isfinite(rows).any())
     return _save(figure, path)
@@ -103,25 +113,45 @@ def cost_curves(records: Sequence[Record], path: str | Path) -> Path:
 
 
 def compare_curves(runs: Mapping[str, Sequence[Sequence[Record]]], metric: str, path: str | Path) -> Path:
-    """One metric over the rounds: for each aligner the mean of its seeds and a 95% band (Student's t; none with one seed)."""
+    """One metric over the rounds: for each aligner the mean of its seeds, and how far they differ.
+
+    Up to FEW_SEEDS seeds are drawn one by one, more as a 95% band (Student's t), cut to what the metric can be.
+    """
     figure, axes = _figure(1, 1, size=(8, 4.8))
+    shown = ["mean"]
     for place, (aligner, seeds) in enumerate(runs.items()):
-        by_round: dict[int, list[int | float]] = {}
-        for records in seeds:
-            for line in records:
-                if line.get(metric) is not None:
-                    by_round.setdefault(line["round"] + 1, []).append(line[metric])
-        rounds = np.array(sorted(by_round))
+        curves = [{line["round"] + 1: line[metric] for line in records if line.get(metric) is not None} for records in seeds]
+        rounds = np.array(sorted(set().union(*curves)))
         if not len(rounds):
             continue
-        intervals = [mean_interval(by_round[round]) for round in rounds.tolist()]
-        mean = np.array([interval[0] for interval in intervals])
-        half = np.array([interval[1] or 0.0 for interval in intervals])
+        values = [[curve[round] for curve in curves if round in curve] for round in rounds.tolist()]
         color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
+        mean = [mean_interval(each)[0] for each in values]
         axes.plot(rounds, mean, color=color, marker=marker, markevery=_every(rounds), markersize=4, label=f"{aligner} ({len(seeds)})")
-        axes.fill_between(rounds, mean - half, mean + half, color=color, alpha=0.18, linewidth=0)
-    _finish(axes, "round", LABELS.get(metric, metric.replace("_", " ")), legend_title="aligner (seeds), mean and 95% interval")
+        if len(seeds) > FEW_SEEDS:
+            shown.append("95% interval" + _band(axes, rounds, values, _possible(metric), color))
+        elif len(seeds) > 1:
+            shown.append("each seed (thin)")
+            for curve in curves:
+                axes.plot(list(curve), list(curve.values()), color=color, linewidth=0.7, alpha=0.6)
+    title = f"aligner (seeds): {', '.join(dict.fromkeys(shown))}"
+    _finish(axes, "round", LABELS.get(metric, metric.replace("_", " ")), legend_title=title)
     return _save(figure, path)
+
+
+def _possible(metric):
+    """The least and the largest value that a metric can have."""
+    if "accuracy" in metric:
+        return 0.0, 1.0
+    return (0.0 if "loss" in metric or "cv" in metric else -np.inf), np.inf
+
+
+def _band(axes, rounds, values, possible, color):
+    """Draws the 95% interval of each round's values within what is possible; says in words whether that cut it."""
+    intervals = [mean_interval(each) for each in values]
+    low, high = np.array([(mean - (half or 0), mean + (half or 0)) for mean, half in intervals]).T
+    axes.fill_between(rounds, low.clip(*possible), high.clip(*possible), color=color, alpha=0.18, linewidth=0)
+    return " (cut to what can be)" if (low < possible[0]).any() or (high > possible[1]).any() else ""
 
 
 def draw_run(records: Sequence[Record], folder: str | Path, fitness: Float[np.ndarray, "client expert"] | None = None) -> None:

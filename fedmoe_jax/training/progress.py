@@ -27,7 +27,8 @@ class Progress:
         self.total_rounds = total_rounds
         self._console = Console(file=stream or sys.stdout, highlight=False, markup=False)
         self._clock = _Clock()
-        self._seen: dict[str, Any] = {}
+        self._seen: dict[str, dict[str, Any]] = {}  # of each run
+        self._run, self._done = "", 0
         self._printed = 0.0
         self._live = None
         if self._console.is_terminal:
@@ -44,19 +45,19 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
-    def update(self, record: Mapping[str, Any], done: int | None = None) -> None:
-        """Shows a round that has ended; `record` is a line of metrics.jsonl. Evaluations stay until the next.
+    def update(self, record: Mapping[str, Any], done: int | None = None, run: str = "") -> None:
+        """Shows a round that has ended; `record` is a line of metrics.jsonl. Evaluations stay until the run's next.
 
-        `done` counts the rounds so far where that is not the record's own round, as when several runs share the display.
+        Where several runs share the display, `done` counts the rounds of all so far, and `run` is the name of the record's.
         """
-        done = int(record["round"]) + 1 if done is None else done
-        self._seen.update({name: value for name, value in record.items() if value is not None}, done=done)
-        self._clock.tick(done)
+        self._seen[run] = self._seen.get(run, {}) | {name: value for name, value in record.items() if value is not None}
+        self._run, self._done = run, int(record["round"]) + 1 if done is None else done
+        self._clock.tick(self._done)
         evaluated = record.get("eval_accuracy") is not None or record.get("eval_loss") is not None
         waited = time.monotonic() - self._printed > _QUIET_SECONDS
-        if self._live is None and (evaluated or waited or done == self.total_rounds):
+        if self._live is None and (evaluated or waited or self._done == self.total_rounds):
             self._printed = time.monotonic()
-            self.note(f"round {done}/{self.total_rounds}  {'  '.join(self._facts())}")
+            self.note(f"round {self._done}/{self.total_rounds}  {'  '.join(self._facts())}")
 
     def note(self, text: str) -> None:
         """Prints one line, above the bar where there is one."""
@@ -71,17 +72,18 @@ class Progress:
             ("load CV", "load_cv", "{:.2f}"),
             ("clients/s", "clients_per_second", "{:,.0f}"),
         ]
-        facts = [f"{label} {form.format(self._seen[name])}" for label, name, form in formats if name in self._seen]
+        seen = self._seen.get(self._run, {})
+        facts = [f"{self._run}, round {seen['round'] + 1}"] if self._run else []
+        facts += [f"{label} {form.format(seen[name])}" for label, name, form in formats if name in seen]
         left = self._clock.left(self.total_rounds)
         return facts if left is None else [*facts, f"left {_duration(left)}"]
 
     def _render(self):
-        done = self._seen.get("done", 0)
         bar = Table.grid(padding=(0, 1), expand=True)
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1)
-        bar_of_rounds = ProgressBar(total=self.total_rounds, completed=done, complete_style="cyan", finished_style="green")
-        bar.add_row(f"round {done}/{self.total_rounds}", bar_of_rounds)
+        bar_of_rounds = ProgressBar(total=self.total_rounds, completed=self._done, complete_style="cyan", finished_style="green")
+        bar.add_row(f"round {self._done}/{self.total_rounds}", bar_of_rounds)
         facts = [fact.replace(" ", "\u00a0") for fact in self._facts()]  # a narrow terminal breaks lines between facts only
         return Group(bar, Text("  ".join(facts) if self._seen else "compiling the first rounds"))
 

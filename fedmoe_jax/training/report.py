@@ -37,6 +37,11 @@ LABELS = {
     "bytes_up": "bytes up, a round",
 }
 
+_NOTE = (
+    "Mean over seeds ± half the 95% interval (Student's t), which is wide for two or three seeds. The best mean is bold; where intervals "
+    "overlap, it may be chance. Where some seeds never reach the target, their number is told and the mean is of those that do."
+)
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c2430; background: #f6f7f9; margin: 0; }
 main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px; }
@@ -131,28 +136,31 @@ def _comparison_table(comparison):
     aligners = comparison["aligners"]
     rows = []
     for name in comparison["metrics"]:
-        cells = {aligner: figures[name] for aligner, figures in aligners.items()}
-        means = [cell["mean"] for cell in cells.values() if cell["mean"] is not None]
-        higher = name.removesuffix("_best") in metrics.HIGHER_IS_BETTER
-        winner = (max if higher else min)(means) if len(set(means)) > 1 else None
-        row = [f'<td class="{_mark(cell, winner)}">{escape(_interval(name, cell))}</td>' for cell in cells.values()]
+        cells = [figures[name] for figures in aligners.values()]
+        best = _best(cells, higher=name.removesuffix("_best") in metrics.HIGHER_IS_BETTER)
+        row = [f'<td class="{"best" if cell in best else ""}">{escape(_interval(name, cell))}</td>' for cell in cells]
         rows.append(f"<tr><th>{escape(_label(name))}</th>{''.join(row)}</tr>")
     head = "".join(f"<th>{escape(str(aligner))}</th>" for aligner in aligners)
     table = f'<div class="table"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-    note = "Mean over seeds ± half the 95% interval (Student's t). The best mean is bold; where intervals overlap, it may be chance."
-    return f'<h2>Results</h2>{table}<p class="about">{note}</p>'
+    return f'<h2>Results</h2>{table}<p class="about">{_NOTE}</p>'
 
 
-def _mark(cell, winner):
-    return "best" if winner is not None and cell["mean"] == winner else ""
+def _best(cells, *, higher):
+    """The cells with the best mean among those of the most seeds, since some may never reach a target; none if all are alike."""
+
+    def rank(cell):
+        return cell["n"], cell["mean"] if higher else -cell["mean"]
+
+    known = [cell for cell in cells if cell["mean"] is not None]
+    best = [cell for cell in known if rank(cell) == max(map(rank, known))]
+    return best if len(best) < len(cells) else []
 
 
 def _interval(name, cell):
-    if cell["mean"] is None:
-        return "–"
+    """The mean with its interval, and how many seeds it is of where others never reach the target."""
     half = "" if cell["half_width"] is None else f" ± {_number(name, cell['half_width'])}"
-    censored = f", {cell['censored']} of {cell['n']} never" if cell["censored"] else ""
-    return (_number(name, cell["mean"]) + half).replace(" ", "\u00a0") + censored
+    reached = f" ({cell['n']} of {cell['n'] + cell['censored']} seeds)" if cell["censored"] else ""
+    return (_number(name, cell["mean"]) + half).replace(" ", "\u00a0") + reached
 
 
 def _page(title, about, body):

@@ -72,15 +72,18 @@ class Setup:
     def aligner_scores(self, state: State) -> Any:
         """Fitness [client, expert] of the first 1,000 clients, for a picture; None where the aligner learns none that we can read.
 
-        Experts go group after group.
+        Experts go group after group. A pair still at the prior, as those never tried are, is NaN.
         """
         learnt = getattr(state.aligner, "fitness", None)
         if not isinstance(learnt, fitness.FitnessState):
             return None
         client = jnp.arange(min(self.population.num_clients, 1000))
-        if self.aligner.groups == 1:
-            return np.asarray(self.fitness.score(learnt, client))
-        return np.concatenate(jax.vmap(self.fitness.score, (0, None))(learnt, client), axis=1)
+        prior = self.fitness.init(1, 1).value
+
+        def known(learnt: fitness.FitnessState) -> jax.Array:
+            return jnp.where(learnt.value[client] == prior, jnp.nan, self.fitness.score(learnt, client))
+
+        return np.asarray(known(learnt)) if self.aligner.groups == 1 else np.concatenate(jax.vmap(known)(learnt), axis=1)
 
     @functools.cached_property
     def solo_examples(self) -> int:
@@ -126,7 +129,11 @@ class Setup:
     def fitting(self, memory_bytes: float) -> int:
         """Clients that train side by side in `memory_bytes`, at most the cohort."""
         sizes = dict(cohort_size=self.config.cohort, max_slots=self.aligner.max_slots, probes=self.aligner.probes)
-        return chunk_size(self.cost(), **sizes, memory_bytes=memory_bytes)
+        fitting = chunk_size(self.cost(), **sizes, memory_bytes=memory_bytes)
+        if self.config.engine == "primal" or (self.config.engine == "auto" and fitting == self.config.cohort):
+            return fitting
+        saved = sum(choice.saved for choice in self.algorithm(self.config.cohort).plan(self.population))
+        return chunk_size(self.cost(), **sizes, memory_bytes=memory_bytes, saved=saved)
 
 
 def build(config: TrainConfig) -> Setup:

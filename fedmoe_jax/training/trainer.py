@@ -17,7 +17,7 @@ from fedmoe_jax.info import Info
 from fedmoe_jax.round import State, rounds
 from fedmoe_jax.training import metrics
 from fedmoe_jax.training.checkpoint import Checkpoints
-from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, to_toml, validate
+from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, located, to_toml, validate
 from fedmoe_jax.training.evaluate import client_evaluation, global_evaluation
 from fedmoe_jax.training.metrics import MetricsLog, Record
 from fedmoe_jax.training.plots import draw_run
@@ -53,7 +53,7 @@ def train(
       ValueError: naming the field that cannot be.
     """
     validate(config)
-    out = Path(out)
+    config, out = located(config), Path(out)
     claim(out, config, resume)
     if resume and (out / "summary.json").exists():
         return metrics.read_json(out / "summary.json")
