@@ -44,6 +44,7 @@ def algorithm(experts, cohort, slots=4, hidden=128):
     return fm.federated_moe(
         model, fm.models.losses.cross_entropy, client_optimizer=optax.sgd(0.05), server_optimizer=optax.sgd(1.0),
         aligner=fm.alignment.balanced(num_experts=experts, max_slots=slots), cohort_size=cohort, batch_size=20, local_epochs=1,
+        engine="primal",
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ SEEDS = (2, 5)
 def block(run, first=False):
     """Seconds that a round takes."""
     start = time.perf_counter()
-    run._advance(ROUNDS, first=first)
+    run._advance(run.setup.population, ROUNDS, first=first)
     return (time.perf_counter() - start) / ROUNDS
 
 

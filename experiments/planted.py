@@ -71,7 +71,7 @@ def runs(aligner, sizes, *, rounds, seeds, **options):
     algorithms = [
         fm.federated_moe(
             model, fm.models.losses.cross_entropy, client_optimizer=optax.sgd(0.3), server_optimizer=optax.sgd(1.0), aligner=aligner,
-            cohort_size=20, local_epochs=1, batch_size=20, solo_examples=40, **options,
+            cohort_size=20, local_epochs=1, batch_size=20, solo_examples=40, engine="primal", **options,
         )
         for model in models
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, parse
+from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, located, parse
 
 _USAGE = """usage: fedmoe COMMAND ...
 
@@ -144,7 +144,7 @@ def _eval(words: list[str]) -> None:
         raise UsageError(f"{folder} is a comparison, which keeps no models; eval takes the folder of a run")
     if not (folder / "config.toml").is_file():
         raise UsageError(f"{folder} holds no run")
-    config = TrainConfig(**from_toml(folder / "config.toml"))
+    config = located(TrainConfig(**from_toml(folder / "config.toml")))
     options, _ = parse(EvalOptions, rest, "fedmoe eval", default=EvalOptions(config.data))
     from fedmoe_jax.training.evaluate import evaluate_run
 

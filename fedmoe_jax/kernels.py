@@ -113,6 +113,10 @@ class Probe:
         self.other = True
         return self.value[index]
 
+    def __iter__(self) -> Any:
+        self.other = True
+        return iter(self.value)
+
     def __jax_array__(self) -> Array:
         self.other = True
         return self.value
@@ -144,7 +148,8 @@ def expert_matmul(
 def lookup(w: Any, index: Int[Array, "*rows"]) -> Float[Array, "*rows feature"]:
     """w[index], w being a table Float[entry, feature] or a `DualKernel` of one."""
     if isinstance(w, DualKernel):
-        return _product(index.reshape(1, -1), w, None).reshape(*index.shape, w.shape[1])
+        place = jnp.where(index < 0, index + w.shape[0], index)
+        return _product(place.reshape(1, -1), w, None).reshape(*index.shape, w.shape[1])
     w = w.note(index, False) if isinstance(w, Probe) else w
     return w[index]
 
@@ -157,7 +162,7 @@ def shared_sum(delta: Any, weight: Float[Array, " client"]) -> Float[Array, "...
     for rows in delta.history:
         gradients = (rows.gradients[:, 0] * (weight[:, None] * rows.weight)[..., None]).astype(rows.gradients.dtype)
         inputs = rows.inputs[:, 0]
-        if is_places(inputs):
+        if _is_places(inputs):
             total = total.at[inputs].add(gradients)
         else:
             total += jnp.einsum("crd,crh->dh", inputs, gradients, preferred_element_type=jnp.float32)
@@ -169,7 +174,7 @@ def form(delta: DualDelta) -> Float[Array, "client feature hidden"]:
     total = delta.shrink[:, None, None] * delta.base
     for rows in delta.history:
         inputs = rows.inputs
-        if is_places(inputs):
+        if _is_places(inputs):
             inputs = jax.nn.one_hot(inputs, delta.base.shape[0], dtype=rows.gradients.dtype)
         total += jnp.einsum("clrd,cr,clrh->cdh", inputs, rows.weight, rows.gradients, preferred_element_type=jnp.float32)
     return total
@@ -182,7 +187,7 @@ def squared_norm(delta: DualDelta) -> Float[Array, " client"]:
         return jnp.concatenate([getattr(rows, name)[:, 0] for rows in delta.history], axis=1)
 
     inputs, gradients = joined("inputs"), joined("gradients").astype(jnp.float32)
-    inputs = inputs if is_places(inputs) else inputs.astype(jnp.float32)
+    inputs = inputs if _is_places(inputs) else inputs.astype(jnp.float32)
     gradients *= jnp.concatenate([rows.weight for rows in delta.history], axis=1)[..., None]
     product = (_gram(inputs, inputs) * _gram(gradients, gradients)).sum((1, 2))
     along = jnp.einsum("crh,crh->c", _times(inputs, delta.base, None).astype(jnp.float32), gradients)
@@ -234,7 +239,7 @@ def _forward(x, base, index, scale, history, slot, tap):
 
 def _backward(kept, g):
     x, base, index, scale, history, slot = kept
-    if is_places(x):
+    if _is_places(x):
         return None, None, None, None, None, None, (x.astype(jnp.float32), g)
     back = (scale * _times(g, jnp.swapaxes(base, -1, -2), index)).astype(g.dtype)
     for rows in history:
@@ -245,13 +250,13 @@ def _backward(kept, g):
 _dual.defvjp(_forward, _backward)
 
 
-def is_places(x: Array) -> bool:
+def _is_places(x: Array) -> bool:
     """Whether these are the places of one-hot rows."""
     return jnp.issubdtype(x.dtype, jnp.integer)
 
 
 def _times(x, base, index):
-    if is_places(x):
+    if _is_places(x):
         return base[x]
     base = base.astype(x.dtype)
     return x @ base if index is None else grouped.matmul(x, base, index)
@@ -270,6 +275,6 @@ def _correction(x, into, out, rows: History, slot) -> Float[Array, "group row wi
 
 def _gram(x, other) -> Float[Array, "lane row other_row"]:
     """Products of all rows with all others, also of one-hot rows."""
-    if is_places(x):
+    if _is_places(x):
         return (x[:, :, None] == other[:, None, :]).astype(jnp.float32)
     return jnp.einsum("lrd,lnd->lrn", x, other)

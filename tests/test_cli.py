@@ -14,7 +14,7 @@ TINY = [
     "--population", "20", "--cohort", "5", "--experts", "4", "--rounds", "4", "--eval_every", "2", "--fitness", "usage",
     "--aligner", "greedy", "--model_options", "hidden=16",
 ]  # fmt: skip
-EVALUATED = ("eval_loss", "eval_accuracy", "client_accuracy_mean", "client_accuracy_p10")
+EVALUATED = ("eval_loss", "eval_accuracy", *(f"client_accuracy{kind}_{of}" for kind in ("", "_prior") for of in ("mean", "p10")))
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +231,13 @@ def test_a_run_with_files_can_be_had_again_from_another_folder(capsys, tmp_path,
     assert content(home / "run") == before
     found = json.loads(printed(capsys, ["eval", "../home/run", "--data", "../home/points.npz"]))
     assert "client_accuracy_mean" in found  # the run's own data
+    monkeypatch.chdir(home)  # a run that was written with paths as they were given
+    text = (home / "run" / "config.toml").read_text()
+    (home / "run" / "config.toml").write_text(text.replace(str(home / "points.npz"), "points.npz"))
+    printed(capsys, ["train", "--resume", "--out", "run"])
+    assert "client_accuracy_mean" in json.loads(printed(capsys, ["eval", "run"]))
+    (home / "run" / "config.toml").write_text(text)
+    monkeypatch.chdir(away)
     printed(capsys, ["train", "../home/run/config.toml", "--init_from", "../home/run", "--out", "run"])
     assert from_toml("run/config.toml") == from_toml("../home/run/config.toml") | {"init_from": str(home / "run")}
 

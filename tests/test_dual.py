@@ -11,9 +11,8 @@ import small_round
 from flax import nnx
 from small_round import algorithm, distance, population, run, weights
 
-from fedmoe_jax import Population, alignment, kernels, models, nn, partition
+from fedmoe_jax import Population, alignment, models, nn, partition
 from fedmoe_jax.base import Batch
-from fedmoe_jax.kernels import DualDelta, History
 from fedmoe_jax.local import plan
 from fedmoe_jax.local.cohort import batch_shape
 from fedmoe_jax.models.losses import cross_entropy
@@ -268,36 +267,3 @@ def test_a_product_in_a_loop_stays_primal():
 def test_an_engine_that_does_not_exist_is_named():
     with pytest.raises(ValueError, match="engine is 'fast'"):
         algorithm(engine="fast")
-
-
-def delta_of(table=False, clients=3, features=5, hidden=4, seed=0):
-    draw = np.random.default_rng(seed)
-
-    def normal(*shape):
-        return jnp.asarray(draw.normal(size=shape), jnp.float32)
-
-    def inputs():
-        if table:
-            return jnp.asarray(draw.integers(0, features, (clients, 1, 6)), jnp.int32)
-        return normal(clients, 1, 6, features)
-
-    rows = tuple(History(inputs(), normal(clients, 1, 6, hidden), normal(clients, 6)) for _ in range(2))
-    return DualDelta(rows, normal(clients), normal(features, hidden))
-
-
-def formed(delta):
-    total = np.asarray(delta.shrink)[:, None, None] * np.asarray(delta.base)
-    for rows in delta.history:
-        inputs = rows.inputs if rows.inputs.ndim == 4 else np.eye(total.shape[1])[rows.inputs]
-        total = total + np.einsum("crd,cr,crh->cdh", inputs[:, 0], rows.weight, rows.gradients[:, 0])
-    return total
-
-
-@pytest.mark.parametrize("table", [False, True])
-def test_deltas_on_request_and_norms_without_them(table):
-    delta = delta_of(table)
-    np.testing.assert_allclose(kernels.form(delta), formed(delta), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(kernels.squared_norm(delta), (formed(delta) ** 2).sum((1, 2)), rtol=1e-4)
-    np.testing.assert_allclose(
-        kernels.shared_sum(delta, jnp.array([1.0, 0.0, 2.0])), formed(delta)[0] + 2 * formed(delta)[2], rtol=1e-4, atol=1e-5
-    )

@@ -1,13 +1,15 @@
 """The plan of local training in words: `fedmoe train --explain` and `algorithm.plan`."""
 
+import inspect
+
 import pytest
 from test_cli import TINY
 
-from fedmoe_jax import cli
+from fedmoe_jax import cli, federated_moe
 from fedmoe_jax.training import setup
 from fedmoe_jax.training.config import TrainConfig
 
-NO_FACTOR = "not a factor of one product, or only in a transformation"
+NO_FACTOR = "not a factor of one product or looked up once, or only in a transformation"
 
 
 def explained(capsys, tmp_path, monkeypatch, *flags):
@@ -37,6 +39,12 @@ def test_every_weight_is_explained(capsys, tmp_path, monkeypatch):
 def test_why_the_primal_engine_trains(flags, why, capsys, tmp_path, monkeypatch):
     found = explained(capsys, tmp_path, monkeypatch, *flags)
     assert {engine for engine, _ in found.values()} == {"primal"} and any(why in reason for _, reason in found.values())
+
+
+def test_auto_is_the_default(capsys, tmp_path, monkeypatch):
+    wide = ["--model_options", "hidden=128", "expert_hidden=128"]
+    assert "dual" in {engine for engine, _ in explained(capsys, tmp_path, monkeypatch, *wide).values()}
+    assert inspect.signature(federated_moe).parameters["engine"].default == "auto"
 
 
 def test_auto_says_what_costs_less(capsys, tmp_path, monkeypatch):

@@ -129,6 +129,12 @@ def test_bands_stay_within_what_can_be_and_say_so(monkeypatch, metric, most):
     assert height.min() >= 0 and height.max() <= most and "cut" in title
     height, title = band([0.5, 0.51, 0.52, 0.53, 0.54])
     assert np.ptp(height) > 0 and title.endswith("95% interval")
+    both = {
+        "wide": [make_run(final=final) for final in [0.0, 0.0, 1.0, 1.0, 1.0]],
+        "narrow": [make_run(final=0.5 + 0.01 * i) for i in range(5)],
+    }
+    axes = drawn(monkeypatch, plots.compare_curves, both, metric)
+    assert axes.get_legend().get_title().get_text().count("interval") == 1
 
 
 @pytest.mark.parametrize("n", [2, 5, 30])

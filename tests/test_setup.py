@@ -86,6 +86,8 @@ def test_scores_of_pairs_never_tried_are_not_known():
     learnt = dataclasses.replace(learnt, value=learnt.value.at[3, 1].set(0.5))
     scores = built.aligner_scores(dataclasses.replace(state, aligner=dataclasses.replace(state.aligner, fitness=learnt)))
     assert scores[3, 1] == 0.5 and np.isfinite(scores).sum() == 1
+    of_accuracy = setup.build(dataclasses.replace(CONFIG, fitness="accuracy"))  # the prior is a score, too
+    assert np.isfinite(of_accuracy.aligner_scores(of_accuracy.algorithm(1).init(jax.random.key(0), of_accuracy.population))).all()
 
 
 def test_all_seeds_share_the_test_set():

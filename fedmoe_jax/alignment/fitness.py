@@ -55,7 +55,7 @@ def solo(
 
     def pairs(alignment: Alignment, feedback: Feedback):
         expert = jnp.concatenate([alignment.held, alignment.probed], axis=1)
-        valid = jnp.broadcast_to(feedback.examples[:, None] > 0, expert.shape)
+        valid = ~jnp.isnan(feedback.solo_loss) & (feedback.examples[:, None] > 0)  # not all compilers give exp(nan) as nan
         return expert, jnp.exp(-alpha * feedback.solo_loss), valid
 
     return _moving_average(pairs, beta=beta, prior=prior, exploration=exploration, forget=forget, probes=probes)
@@ -66,7 +66,7 @@ def loss_driven(*, beta: float = 0.6, alpha: float = 1.0, prior: float = 1.0, ex
     _check(alpha=alpha)
 
     def pairs(alignment: Alignment, feedback: Feedback):
-        return alignment.held, jnp.exp(-alpha * feedback.loss), feedback.tokens > 0
+        return alignment.held, jnp.exp(-alpha * feedback.loss), ~jnp.isnan(feedback.loss) & (feedback.tokens > 0)
 
     return _moving_average(pairs, beta=beta, prior=prior, exploration=exploration, forget=forget)
 

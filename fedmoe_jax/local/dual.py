@@ -29,6 +29,9 @@ from fedmoe_jax.local.primal import LocalResult, local_batch, num_steps, objecti
 UNROLLED = 8
 """Up to so many steps are unrolled, so that each one costs only the history that exists; more run in a loop."""
 
+MOST_PLACES = 1 << 24
+"""Rows of a table, at most: places come back as cotangents, in float32."""
+
 
 class Use(NamedTuple):
     """How a step uses a kernel: the shapes of its inputs and outputs [group, row, width], and whether groups are tiles.
@@ -40,6 +43,16 @@ class Use(NamedTuple):
     inputs: jax.ShapeDtypeStruct
     outputs: jax.ShapeDtypeStruct
     tiled: bool
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the inputs are places."""
+        return len(self.inputs.shape) == 2
+
+    @property
+    def features(self) -> int:
+        """Numbers that are kept of a row: one of a place."""
+        return 1 if self.is_table else self.inputs.shape[2]
 
 
 class _Rows(NamedTuple):
@@ -158,7 +171,7 @@ def _rows(seen, use: Use, first: int = 0, steps: int = 1) -> _Rows:
     """What a kernel saw in a step, in lanes."""
     inputs, gradients, *slot = seen
     if not use.tiled:
-        return _Rows(inputs if inputs.ndim > 2 else inputs.astype(jnp.int32), gradients, None, first, steps)
+        return _Rows(inputs.astype(jnp.int32) if use.is_table else inputs, gradients, None, first, steps)
     inputs, gradients = (a.reshape(1, -1, a.shape[-1]) for a in (inputs, gradients))
     return _Rows(inputs, gradients, slot[0].astype(jnp.int32), first, steps)
 

@@ -1,5 +1,6 @@
 """Plans local training: which engine trains each kernel, and how many clients are trained side by side."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from jaxtyping import Array
 from fedmoe_jax.base import Batch, LossFn, RoundCost
 from fedmoe_jax.experts import Partition, RouterParam, groups
 from fedmoe_jax.kernels import Probe
-from fedmoe_jax.local.dual import UNROLLED, Use
+from fedmoe_jax.local.dual import MOST_PLACES, UNROLLED, Use
 from fedmoe_jax.local.primal import objective
 
 MEMORY_SHARE = 0.5
@@ -60,7 +61,7 @@ BALANCE = {"cpu": 8.0, "gpu": 100.0, "tpu": 100.0}
 def engines(
     parts: Partition, loss_fn: LossFn, batch: Batch, *, slots: int, probes: int, steps: int, engine: str, balance: float
 ) -> tuple[Choice, ...]:
-    """The engine of each leaf of (experts, shared): the dual one for what is a factor of one product and costs less there.
+    """The engine of each leaf of (experts, shared): the dual one for what is a factor of one product or looked up once, if it costs less.
 
     Args:
       batch: shapes of a batch.
@@ -74,13 +75,13 @@ def engines(
     choices = []
     for name, leaf, use in zip(names, leaves, found, strict=True):
         if use is None:
-            choices.append(Choice(name, None, 0.0, 0.0, "not a factor of one product, or only in a transformation"))
+            choices.append(Choice(name, None, 0.0, 0.0, "not a factor of one product or looked up once, or only in a transformation"))
             continue
         primal, dual = _cost(use, leaf.shape[-2:], slots if leaf.ndim == 3 else 1, steps, balance)
         better = engine == "dual" or (engine == "auto" and dual < primal and steps <= UNROLLED)
         reason = "asked for" if engine != "auto" else "costs less" if better else "would cost more in the dual engine"
         reason = f"more than {UNROLLED} steps" if engine == "auto" and dual < primal and not better else reason
-        saved = _saved(use, leaf.shape[-2:], slots + probes if leaf.ndim == 3 else 1, steps) if better else 0.0
+        saved = _saved(use, leaf, slots + probes if leaf.ndim == 3 else 1, steps) if better else 0.0
         choices.append(Choice(name, use if better else None, primal, dual, reason, saved))
     return tuple(choices)
 
@@ -92,10 +93,15 @@ def is_linear(optimizer: optax.GradientTransformation | Callable[[Array], optax.
     coefficients. An optimizer that is a function of the round is tried in some rounds; what never moves is not taken for linear.
     A mask may look at the paths and numbers of axes of weights, but not at their sizes, which here are others.
     """
+    leaves, treedef = jax.tree.flatten(weights)
+    return _is_linear(optimizer, treedef, tuple(leaf.ndim for leaf in leaves))
 
+
+@functools.lru_cache(maxsize=64)
+def _is_linear(optimizer, treedef, axes: tuple[int, ...]) -> bool:
     def trial(round, size):
         made = optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(round)
-        return _trial(made, weights, size)
+        return _trial(made, treedef, axes, size)
 
     trials = jax.jit(jax.vmap(jax.vmap(trial, (None, 0)), (0, None)))
     try:
@@ -106,15 +112,14 @@ def is_linear(optimizer: optax.GradientTransformation | Callable[[Array], optax.
         return False
 
 
-def _trial(optimizer: optax.GradientTransformation, weights: Any, size: Array) -> tuple[Array, Array]:
+def _trial(optimizer: optax.GradientTransformation, treedef: Any, axes: tuple[int, ...], size: Array) -> tuple[Array, Array]:
     """The largest change of a weight in some steps from gradients of a size, and how far off the prediction is."""
-    leaves, treedef = jax.tree.flatten(weights)
-    shapes = [(_TRIALS + 1, *(2,) * leaf.ndim) for leaf in leaves]
+    shapes = [(_TRIALS + 1, *(2,) * number) for number in axes]
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     numbers = np.sqrt(2) * np.cos(np.sqrt(2) * np.arange(ends[-1]) ** 2)  # as good as random, and a constant of the program
     drawn = [rows.reshape(shape) for rows, shape in zip(np.split(np.float32(numbers), ends[:-1]), shapes, strict=True)]
     basis = [jnp.concatenate([rows[:1], size * rows[1:]]) for rows in drawn]  # W_0, then gradients
-    units = [jnp.eye(_TRIALS + 1).reshape(_TRIALS + 1, -1, *(1,) * max(leaf.ndim - 1, 0)) for leaf in leaves]
+    units = [jnp.eye(_TRIALS + 1).reshape(_TRIALS + 1, -1, *(1,) * max(number - 1, 0)) for number in axes]
 
     def step(carry, gradients):
         current, state = carry
@@ -163,7 +168,7 @@ def _uses(parts: Partition, loss_fn: LossFn, batch: Batch, slots: int, leaves: l
 
     try:
         probes = trace(fits)
-    except (TypeError, AttributeError, ValueError):  # a model that does with weights what a probe cannot: one weight after the other
+    except Exception:  # a model that does with weights what a probe cannot: one weight after the other
         probes = [_alone(trace, place, len(leaves)) if fit else None for place, fit in enumerate(fits)]
     return [_use(probe) for probe in probes]
 
@@ -171,7 +176,7 @@ def _uses(parts: Partition, loss_fn: LossFn, batch: Batch, slots: int, leaves: l
 def _alone(trace: Any, place: int, number: int) -> Probe | None:
     try:
         return trace([place == other for other in range(number)])[place]
-    except (TypeError, AttributeError, ValueError):
+    except Exception:
         return None
 
 
@@ -180,6 +185,8 @@ def _use(probe: Probe | None) -> Use | None:
         return None
     ((x, tiled),) = probe.products
     if jnp.issubdtype(x.dtype, jnp.integer):
+        if len(probe.value.shape) != 2 or probe.value.shape[0] > MOST_PLACES:
+            return None
         return Use(
             jax.ShapeDtypeStruct((1, x.size), jnp.float32),
             jax.ShapeDtypeStruct((1, x.size, probe.value.shape[1]), probe.value.dtype),
@@ -196,7 +203,7 @@ def _cost(use: Use, width: tuple[int, ...], slots: int, steps: int, balance: flo
     Both do three products of all rows with the kernel. Primal reads the client's kernel twice a step and updates it; dual
     multiplies rows by the rows before them, forwards and backwards, and reads those.
     """
-    fan_in, fan_out = _features(use), width[1]
+    fan_in, fan_out = use.features, width[1]
     groups, rows = use.inputs.shape[:2]
     total = groups * rows * steps
     lanes = 1 if use.tiled else groups
@@ -212,14 +219,9 @@ def _cost(use: Use, width: tuple[int, ...], slots: int, steps: int, balance: flo
     return primal, dual
 
 
-def _saved(use: Use, width: tuple[int, ...], received: int, steps: int) -> float:
+def _saved(use: Use, weight: Array, received: int, steps: int) -> float:
     """Bytes of a client's own weights, gradients and deltas, less those of the rows and products that take their place."""
     groups, rows = use.inputs.shape[:2]
     total, lanes = groups * rows, 1 if use.tiled else groups
-    history = use.inputs.dtype.itemsize * steps * total * (_features(use) + width[1] + total // lanes)
-    return 3.0 * 4 * received * width[0] * width[1] - history
-
-
-def _features(use: Use) -> int:
-    """Numbers that are kept of an input: of a one-hot row its place."""
-    return use.inputs.shape[2] if len(use.inputs.shape) == 3 else 1
+    history = use.inputs.dtype.itemsize * steps * total * (use.features + weight.shape[-1] + total // lanes)
+    return 3.0 * weight.dtype.itemsize * received * weight.shape[-2] * weight.shape[-1] - history

@@ -35,6 +35,7 @@ def compare(config: TrainConfig, out: str | Path, *, aligners: list[str], seeds:
     Raises:
       UsageError, ValueError: naming what cannot be.
     """
+    validate(config)
     config, out = located(config), Path(out)
     if out.is_dir() and any(out.iterdir()):
         raise UsageError(f"--out {out} is not empty: choose a new folder")

@@ -16,6 +16,8 @@ COMPARED = (
     "eval_loss",
     "client_accuracy_mean",
     "client_accuracy_p10",
+    "client_accuracy_prior_mean",
+    "client_accuracy_prior_p10",
     "load_cv",
     "load_cv_total",
     "rounds_to_target",

@@ -12,10 +12,11 @@ from fedmoe_jax.devices import SOURCES
 from fedmoe_jax.training import fields
 from fedmoe_jax.training.fields import Options, UsageError, to_toml
 
-__all__ = ["TrainConfig", "UsageError", "from_toml", "parse", "to_toml", "validate"]
+__all__ = ["TrainConfig", "UsageError", "from_toml", "located", "parse", "to_toml", "validate"]
 
 DEFAULT_POPULATION = 100
 SPLITS = ("iid", "dirichlet", "classes", "natural")
+SHIFTS = ("none", "features", "concepts", "both")
 MODELS = ("mlp", "resnet", "transformer")
 ALIGNERS = ("random", "greedy", "load_only", "balanced", "full")
 FITNESSES = ("solo", "loss", "accuracy", "usage")
@@ -41,6 +42,10 @@ class TrainConfig:
     """Concentration of the dirichlet split; small is uneven."""
     classes_per_client: int = 2
     """Classes that a client has with the classes split."""
+    shift: str = "none"
+    """Clients fall into domains whose images look different (features), whose labels mean others (concepts), or both; or none."""
+    domains: int = 8
+    """Domains of the shift, at least 2, and at most 8 where images change."""
     population: int | None = None
     """Number of all clients; 100 if not given, or every natural client."""
     cohort: int = 20
@@ -133,6 +138,7 @@ class TrainConfig:
 
 _NAMES = {
     "split": SPLITS,
+    "shift": SHIFTS,
     "model": MODELS,
     "aligner": ALIGNERS,
     "assignment": ASSIGNMENTS,
@@ -150,6 +156,7 @@ _CUSTOM = ("model", "aligner", "profile")
 _LEAST = {
     **dict.fromkeys(("classes_per_client", "population", "cohort", "experts", "slots", "top_k", "rounds", "local_epochs"), 1),
     **dict.fromkeys(("local_steps", "batch_size", "eval_every", "checkpoint_every", "chunk", "stream"), 1),
+    "domains": 2,
     **dict.fromkeys(("shared_experts", "probes", "seed", "balance_weight", "prox", "router_prior", "tolerance"), 0),
     **dict.fromkeys(("demand", "speed_bias", "speed_jitter"), 0),
 }
@@ -234,7 +241,8 @@ def _found(values: Mapping[str, Any], folder: Path) -> dict[str, str]:
         del given["data"]
     if not given.get("profile", "").endswith(PROFILE_FILES):
         given.pop("profile", None)
-    return {name: os.path.abspath(folder / value) for name, value in given.items() if os.path.exists(folder / value)}
+    paths = {name: folder / value for name, value in given.items()}
+    return {name: str(path.parent.resolve() / path.name) for name, path in paths.items() if os.path.exists(path)}
 
 
 def parse(

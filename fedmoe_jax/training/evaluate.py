@@ -15,8 +15,9 @@ from fedmoe_jax.experts import Slots, bind, gather, groups, num_experts
 from fedmoe_jax.local.cohort import own_routers
 from fedmoe_jax.round import State
 from fedmoe_jax.training.checkpoint import Checkpoints
+from fedmoe_jax.training.clients import evaluated
 from fedmoe_jax.training.config import TrainConfig
-from fedmoe_jax.training.setup import Setup, build, evaluated
+from fedmoe_jax.training.setup import Setup, build
 
 _BATCH = 256
 _CLIENT_BATCH = 32
@@ -51,10 +52,13 @@ def global_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
 
 
 def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], dict[str, Any]]:
-    """evaluate(state) -> client_accuracy_mean and client_accuracy_p10 over clients that have test examples, `chunk` at once."""
+    """evaluate(state) -> mean and 10th percentile of the accuracy of clients that have test examples, `chunk` at once.
+
+    `client_accuracy_prior` is with the log of the client's own label frequencies added to the logits.
+    """
     everyone, cost = evaluated(setup.population.num_clients), setup.cost()
 
-    def accuracy(state, holdout, client, held, prior):
+    def accuracy(state, holdout, client, held, prior, labels):
         experts = gather(state.experts, held)
         if state.personal is not None:
             experts = own_routers(experts, state.personal, client, held)
@@ -62,26 +66,29 @@ def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], di
         def add(index, right):
             batch = holdout.batch(client, index * _CLIENT_BATCH + jnp.arange(_CLIENT_BATCH))
             model = bind(setup.parts, experts, state.shared, Slots(held != NO_EXPERT, prior, batch.mask))
-            loss, aux = setup.loss_fn(model, batch, state.key)
-            return right + jnp.where(batch.mask, aux.get("correct", jnp.zeros_like(loss)), 0).sum()
+            logits = model(batch.x)
+            correct = jax.vmap(lambda served: setup.loss_fn(lambda _: served, batch, state.key)[1]["correct"])
+            return right + jnp.where(batch.mask, correct(jnp.stack([logits, logits + labels])), 0).sum(1)
 
         count = holdout.num_examples(client)
-        right = jax.lax.fori_loop(0, -(-count // _CLIENT_BATCH), add, jnp.zeros(()))
+        right = jax.lax.fori_loop(0, -(-count // _CLIENT_BATCH), add, jnp.zeros(2))
         return jnp.where(count > 0, right / jnp.maximum(count, 1), jnp.nan)
 
     @jax.jit
     def evaluate(state, holdout, cohort):
         key = stage_key(jax.random.fold_in(state.key, state.round), "evaluate")
         alignment, _ = setup.aligner.align(key, state.aligner, cohort)
-        rows = (cohort.client, alignment.held, setup.config.router_prior * alignment.centred)
+        rows = (cohort.client, alignment.held, setup.config.router_prior * alignment.centred, setup.label_prior)
         return jax.lax.map(lambda row: accuracy(state, holdout, *row), rows, batch_size=min(chunk, _CHUNK, cohort.client.shape[0]))
 
     def run(state: State) -> dict[str, Any]:
         each = np.asarray(evaluate(state, setup.holdout, setup.admit(everyone, state.pace[everyone], cost)))
-        each = each[np.isfinite(each)]
+        each = each[np.isfinite(each).all(1)]
         if not each.size:
             return {}
-        return {"client_accuracy_mean": float(each.mean()), "client_accuracy_p10": float(np.quantile(each, 0.1))}
+        names = ("client_accuracy", "client_accuracy_prior")
+        means = {f"{name}_mean": float(column.mean()) for name, column in zip(names, each.T, strict=True)}
+        return means | {f"{name}_p10": float(np.quantile(column, 0.1)) for name, column in zip(names, each.T, strict=True)}
 
     return run
 

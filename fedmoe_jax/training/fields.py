@@ -155,7 +155,7 @@ def parse(
       default: an instance of `cls` to start from; `cls()` if None.
       options: dataclass of flags that are not part of the configuration (such as --out) and that no file may set; each needs a default.
         Both dataclasses are frozen, and share no field.
-      read: the fields that a file sets.
+      read: `read(path, cls)` gives the fields that a file sets.
       check: raises ValueError "field: ..." for values that cannot be.
       description: first paragraph of the help.
 

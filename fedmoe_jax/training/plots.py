@@ -25,6 +25,8 @@ LABELS = {
     "eval_accuracy": "global test accuracy",
     "client_accuracy_mean": "client accuracy, mean",
     "client_accuracy_p10": "client accuracy, 10th percentile",
+    "client_accuracy_prior_mean": "client accuracy with label prior, mean",
+    "client_accuracy_prior_p10": "client accuracy with label prior, 10th percentile",
     "load_cv": "CV of clients per expert, this round",
     "load_cv_total": "CV of tokens per expert, whole run",
 }
@@ -129,7 +131,7 @@ def compare_curves(runs: Mapping[str, Sequence[Sequence[Record]]], metric: str, 
         mean = [mean_interval(each)[0] for each in values]
         axes.plot(rounds, mean, color=color, marker=marker, markevery=_every(rounds), markersize=4, label=f"{aligner} ({len(seeds)})")
         if len(seeds) > FEW_SEEDS:
-            shown.append("95% interval" + _band(axes, rounds, values, _possible(metric), color))
+            shown += ["95% interval", *_band(axes, rounds, values, _possible(metric), color)]
         elif len(seeds) > 1:
             shown.append("each seed (thin)")
             for curve in curves:
@@ -151,7 +153,7 @@ def _band(axes, rounds, values, possible, color):
     intervals = [mean_interval(each) for each in values]
     low, high = np.array([(mean - (half or 0), mean + (half or 0)) for mean, half in intervals]).T
     axes.fill_between(rounds, low.clip(*possible), high.clip(*possible), color=color, alpha=0.18, linewidth=0)
-    return " (cut to what can be)" if (low < possible[0]).any() or (high > possible[1]).any() else ""
+    return ["cut to what can be"] if (low < possible[0]).any() or (high > possible[1]).any() else []
 
 
 def draw_run(records: Sequence[Record], folder: str | Path, fitness: Float[np.ndarray, "client expert"] | None = None) -> None:

@@ -39,7 +39,7 @@ LABELS = {
 
 _NOTE = (
     "Mean over seeds ± half the 95% interval (Student's t), which is wide for two or three seeds. The best mean is bold; where intervals "
-    "overlap, it may be chance. Where some seeds never reach the target, their number is told and the mean is of those that do."
+    "overlap, it may be chance. Where some seeds never reach the target, the mean is of those that do, and best is what most seeds reach."
 )
 
 _STYLE = """
@@ -91,7 +91,7 @@ def _run_page(folder):
     summary |= {name: saved[name] for name in ("versions", "device", "git_revision") if name in saved}  # where it ran, not where it is read
     if not all((folder / "plots" / f"{name}.png").is_file() for name in ("learning", "load", "cost")):
         plots.draw_run(records, folder / "plots")
-    names = [config[name] for name in ("data", "model", "aligner") if name in config]
+    names = [Path(str(config[name])).name for name in ("data", "model", "aligner") if name in config]
     last = [(name, _number(name, value)) for name, value in summary["last"].items()]
     tables = _section("Configuration", _pairs(config.items())) + _section("Last values", _pairs((_label(n), v) for n, v in last))
     body = _cards(_run_figures(summary)) + _pictures(folder) + f'<div class="columns">{tables}</div>'

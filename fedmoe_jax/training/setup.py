@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from flax import nnx
 
 from fedmoe_jax import alignment, models
 from fedmoe_jax.alignment import fitness, load
-from fedmoe_jax.base import Aligner, ClientProfile, Cohort, Fitness, RoundCost, stage_key
+from fedmoe_jax.base import Aligner, Cohort, Fitness, RoundCost
 from fedmoe_jax.conditions import varying
 from fedmoe_jax.data import partition as splits
 from fedmoe_jax.data import sources
@@ -25,22 +24,21 @@ from fedmoe_jax.local.cost import round_cost
 from fedmoe_jax.local.plan import chunk_size
 from fedmoe_jax.local.primal import num_processed
 from fedmoe_jax.round import Algorithm, State, admit, federated_moe
-from fedmoe_jax.sampling import cohort as sample
-from fedmoe_jax.training import profiles
-from fedmoe_jax.training.config import MODELS, PROFILE_FILES, TrainConfig, num_clients
+from fedmoe_jax.training import clients
+from fedmoe_jax.training.config import MODELS, TrainConfig
+from fedmoe_jax.training.foreign import foreign
 from fedmoe_jax.training.stream import Stream
 from fedmoe_jax.training.weights import load_weights
 
 LOCAL_TEST_FRACTION = 0.2
 """Share of each client's examples that is its own test split."""
-MAX_CLIENTS = 1000
-"""Clients whose own accuracy is measured, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """What a run is made of. `population` holds the clients' training examples, `holdout` their own test splits.
 
+    `label_prior`: log of the label frequencies of each client that is `evaluated`, one added to every count, [client, class].
     With a `stream`, which then has the training examples, the population knows their number only.
     """
 
@@ -49,6 +47,7 @@ class Setup:
     holdout: Population
     test: tuple[jax.Array, jax.Array]
     num_classes: int
+    label_prior: jax.Array
     model: nnx.Module
     parts: Partition
     aligner: Aligner
@@ -72,13 +71,13 @@ class Setup:
     def aligner_scores(self, state: State) -> Any:
         """Fitness [client, expert] of the first 1,000 clients, for a picture; None where the aligner learns none that we can read.
 
-        Experts go group after group. A pair still at the prior, as those never tried are, is NaN.
+        Experts go group after group. A pair never tried is NaN, where its prior is not a score as well.
         """
         learnt = getattr(state.aligner, "fitness", None)
         if not isinstance(learnt, fitness.FitnessState):
             return None
         client = jnp.arange(min(self.population.num_clients, 1000))
-        prior = self.fitness.init(1, 1).value
+        prior = self.fitness.init(1, 1).value if self.config.fitness in ("solo", "loss") else jnp.nan  # others score it as well
 
         def known(learnt: fitness.FitnessState) -> jax.Array:
             return jnp.where(learnt.value[client] == prior, jnp.nan, self.fitness.score(learnt, client))
@@ -128,11 +127,15 @@ class Setup:
 
     def fitting(self, memory_bytes: float) -> int:
         """Clients that train side by side in `memory_bytes`, at most the cohort."""
-        sizes = dict(cohort_size=self.config.cohort, max_slots=self.aligner.max_slots, probes=self.aligner.probes)
-        fitting = chunk_size(self.cost(), **sizes, memory_bytes=memory_bytes)
-        if self.config.engine == "primal" or (self.config.engine == "auto" and fitting == self.config.cohort):
-            return fitting
         saved = sum(choice.saved for choice in self.algorithm(self.config.cohort).plan(self.population))
+        return self._chunk(memory_bytes, saved)
+
+    def copied(self, memory_bytes: float) -> int:
+        """Clients that fit side by side where each has copies of all that it holds."""
+        return self._chunk(memory_bytes, 0.0)
+
+    def _chunk(self, memory_bytes: float, saved: float) -> int:
+        sizes = dict(cohort_size=self.config.cohort, max_slots=self.aligner.max_slots, probes=self.aligner.probes)
         return chunk_size(self.cost(), **sizes, memory_bytes=memory_bytes, saved=saved)
 
 
@@ -145,45 +148,27 @@ def build(config: TrainConfig) -> Setup:
     if config.router == "statistics":
         raise ValueError("router: 'statistics' is not available yet, use shared or personal")
     dataset = sources.load(config.data)  # a test set that must be drawn is the same for every seed
-    clients = _clients(config, dataset)
-    train, held_out = splits.holdout(clients, LOCAL_TEST_FRACTION, config.seed)
-    profile, test = _profile(config, len(clients)), (jnp.asarray(dataset.test_x), jnp.asarray(dataset.test_y))
+    owners = clients.split(config, dataset)
+    dataset = clients.shifted(config, dataset, owners)
+    train, held_out = splits.holdout(owners, LOCAL_TEST_FRACTION, config.seed)
+    profile, test = clients.profile(config, len(owners)), (jnp.asarray(dataset.test_x), jnp.asarray(dataset.test_y))
+    labels = dataset.num_classes, clients.label_prior(dataset, train)
     if config.stream is not None:
         stream, of_test = (Stream.from_arrays(dataset.x, dataset.y, owned, profile) for owned in (train, held_out))
-        holdout = of_test.window(np.asarray(evaluated(len(clients))))
-        return dataclasses.replace(_assemble(config, stream.index, holdout, test, dataset.num_classes), stream=stream)
+        holdout = of_test.window(np.asarray(clients.evaluated(len(owners))))
+        return dataclasses.replace(_assemble(config, stream.index, holdout, test, labels), stream=stream)
     x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
     population, holdout = (Population.from_arrays(x, y, owned, profile) for owned in (train, held_out))
-    return _assemble(config, population, holdout, test, dataset.num_classes)
-
-
-def evaluated(num_clients: int) -> jax.Array:
-    """The clients whose own accuracy is measured: all, or of a larger population a random sample, the same for every seed."""
-    most = min(num_clients, MAX_CLIENTS)
-    return jnp.arange(num_clients) if most == num_clients else sample(jax.random.key(0), num_clients, most)
+    return _assemble(config, population, holdout, test, labels)
 
 
 def variant(setup: Setup, config: TrainConfig) -> Setup:
     """The same clients and data, not copied, with the model and aligner of `config`, which differs in seed or aligner only."""
-    made = _assemble(config, setup.population, setup.holdout, setup.test, setup.num_classes)
+    made = _assemble(config, setup.population, setup.holdout, setup.test, (setup.num_classes, setup.label_prior))
     return dataclasses.replace(made, stream=setup.stream)
 
 
-def _clients(config: TrainConfig, dataset: sources.Dataset) -> list[np.ndarray]:
-    """The examples of each client."""
-    try:
-        clients = sources.split(
-            dataset, kind=config.split, num_clients=num_clients(config), alpha=config.alpha, classes_per_client=config.classes_per_client,
-            seed=config.seed,
-        )  # fmt: skip
-    except ValueError as error:
-        raise ValueError(str(error).replace("num_clients", "population")) from None
-    if config.cohort > len(clients):
-        raise ValueError(f"cohort: must be at most the number of clients ({len(clients)}), got {config.cohort}")
-    return clients
-
-
-def _assemble(config, population, holdout, test, num_classes):
+def _assemble(config, population, holdout, test, labels):
     options: dict[str, Any] = dict(config.model_options)
     if taken := sorted(set(options) & {"input_shape", "num_classes", "num_experts", "top_k", "seed", "dtype", "per_layer"}):
         raise ValueError(f"model_options: {', '.join(taken)} cannot be set there, it follows from the data or has a field of its own")
@@ -192,7 +177,7 @@ def _assemble(config, population, holdout, test, num_classes):
     elif config.shared_experts:
         raise ValueError(f"shared_experts: {config.model} must make its own; leave it at 0, or pass it with model_options")
     model = models.create(
-        config.model, input_shape=population.x.shape[1:], num_classes=num_classes, num_experts=config.experts,
+        config.model, input_shape=population.x.shape[1:], num_classes=labels[0], num_experts=config.experts,
         top_k=config.top_k, seed=config.seed, dtype=None if config.dtype == "float32" else jnp.bfloat16,
         per_layer=config.assignment == "per_layer", **options,
     )  # fmt: skip
@@ -203,7 +188,7 @@ def _assemble(config, population, holdout, test, num_classes):
     if number > 1 and config.assignment == "shared":
         raise ValueError(f"assignment: {config.model} has {number} groups of experts, each with an assignment of its own; use per_layer")
     setup = Setup(
-        config, population, holdout, test, num_classes, model, parts, make_aligner(config, number),
+        config, population, holdout, test, *labels, model, parts, make_aligner(config, number),
         models.losses.cross_entropy, make_fitness(config),
     )  # fmt: skip
     try:
@@ -239,24 +224,6 @@ def make_aligner(config: TrainConfig, groups: int = 1) -> Aligner:
     return getattr(alignment, config.aligner)(groups=groups, **common)
 
 
-def foreign(name: str, field: str, kind: type, **arguments: Any) -> Any:
-    """What the callable package.module:name returns for the arguments, a `kind`.
-
-    Raises:
-      ValueError: naming `field`, if there is no such callable, or it does not take the arguments or return a `kind`.
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        made = getattr(importlib.import_module(module), attribute)(**arguments)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{field}: {name!r} cannot be imported ({error})") from None
-    except TypeError as error:
-        raise ValueError(f"{field}: {name!r} must be a function that takes {', '.join(arguments)} by keyword ({error})") from None
-    if not isinstance(made, kind):
-        raise ValueError(f"{field}: {name!r} must return a {kind.__name__}, not {type(made).__name__}")
-    return made
-
-
 def optimizer(name: str, learning_rate: Any) -> optax.GradientTransformation:
     """An optax optimizer by name; "momentum" and "nesterov" are SGD with momentum 0.9."""
     if name in ("momentum", "nesterov"):
@@ -273,17 +240,10 @@ def schedule(name: str, learning_rate: float, rounds: int) -> Any:
 
 def client_optimizer(config: TrainConfig) -> Callable[[Any], optax.GradientTransformation]:
     """The client optimizer of a round, as a function of the round."""
-    rate = schedule(config.client_schedule, config.client_lr, config.rounds)
-    return lambda round: optimizer(config.client_optimizer, rate(round) if callable(rate) else rate)
+    return _client_optimizer(config.client_optimizer, config.client_schedule, config.client_lr, config.rounds)
 
 
-def _profile(config: TrainConfig, num_clients: int) -> ClientProfile:
-    """What each client can afford; a file of as many clients gives client i its row i, and is drawn from otherwise."""
-    source: str | ClientProfile = config.profile
-    if config.profile.endswith(PROFILE_FILES):
-        source = profiles.read(config.profile)
-        if len(source.memory_bytes) == num_clients:
-            return source
-    elif ":" in config.profile:
-        return foreign(config.profile, "profile", ClientProfile, num_clients=num_clients)
-    return ClientProfile.sample(stage_key(jax.random.key(config.seed), "profile"), num_clients, source=source)
+@functools.lru_cache(maxsize=64)  # the same object for the same run, so that what is known of it is known again
+def _client_optimizer(name, schedule_name, learning_rate, rounds):
+    rate = schedule(schedule_name, learning_rate, rounds)
+    return lambda round: optimizer(name, rate(round) if callable(rate) else rate)

@@ -94,7 +94,7 @@ def claim(out: Path, config: Any, resume: bool) -> None:
         return
     if not (out / "config.toml").exists():
         raise UsageError(f"--resume: {out} holds no run to continue")
-    before = type(config)(**from_toml(out / "config.toml", type(config)))
+    before = located(type(config)(**from_toml(out / "config.toml", type(config))))
     if before != config:
         names = [name for name in config.__dataclass_fields__ if getattr(before, name) != getattr(config, name)]
         raise UsageError(f"--resume: {', '.join(names)} differ from the run in {out}; leave them as they were")
@@ -120,7 +120,8 @@ class Run:
 
     def _compile(self) -> None:
         self.algorithm = self.setup.algorithm(self.chunk)
-        self.evaluations = (global_evaluation(self.setup), client_evaluation(self.setup, self.chunk))
+        copies = min(self.chunk, self.setup.copied(memory_bytes() / self.width))
+        self.evaluations = (global_evaluation(self.setup), client_evaluation(self.setup, copies))
         step = self.algorithm.step if self.width == 1 else jax.vmap(self.algorithm.step, (0, None))
         self.program = rounds(step, min(self.setup.config.eval_every, self.setup.config.rounds))
 

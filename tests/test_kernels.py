@@ -1,0 +1,64 @@
+"""What clients added to kernels, as the dual engine keeps it: formed, summed and measured; tables that are looked up."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fedmoe_jax import kernels
+from fedmoe_jax.kernels import DualDelta, DualKernel, History, Probe
+
+
+def delta_of(table=False, clients=3, features=5, hidden=4, seed=0):
+    draw = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(draw.normal(size=shape), jnp.float32)
+
+    def inputs():
+        if table:
+            return jnp.asarray(draw.integers(0, features, (clients, 1, 6)), jnp.int32)
+        return normal(clients, 1, 6, features)
+
+    rows = tuple(History(inputs(), normal(clients, 1, 6, hidden), normal(clients, 6)) for _ in range(2))
+    return DualDelta(rows, normal(clients), normal(features, hidden))
+
+
+def formed(delta):
+    total = np.asarray(delta.shrink)[:, None, None] * np.asarray(delta.base)
+    for rows in delta.history:
+        inputs = rows.inputs if rows.inputs.ndim == 4 else np.eye(total.shape[1])[rows.inputs]
+        total = total + np.einsum("crd,cr,crh->cdh", inputs[:, 0], rows.weight, rows.gradients[:, 0])
+    return total
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_deltas_on_request_and_norms_without_them(table):
+    delta = delta_of(table)
+    np.testing.assert_allclose(kernels.form(delta), formed(delta), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(kernels.squared_norm(delta), (formed(delta) ** 2).sum((1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(
+        kernels.shared_sum(delta, jnp.array([1.0, 0.0, 2.0])), formed(delta)[0] + 2 * formed(delta)[2], rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_table_with_a_history_is_the_table_that_it_stands_for(dtype):
+    """Also for places that count from the end."""
+    delta, index = delta_of(table=True, clients=1), jnp.array([[0, 3, -1], [-2, 4, 0]])
+    rows = tuple(jax.tree.map(lambda a: a[0], rows) for rows in delta.history)
+    rows = tuple(dataclasses.replace(one, gradients=one.gradients.astype(dtype)) for one in rows)
+    tap = jnp.zeros((1, 6)), jnp.zeros((1, 6, 4), dtype)
+    kernel = DualKernel(delta.base, scale=1 + delta.shrink[0], history=rows, tap=tap)
+    table, near = np.float32(delta.base + formed(delta)[0]), 1e-5 if dtype == jnp.float32 else 0.1
+    np.testing.assert_allclose(kernels.lookup(kernel, index).astype(jnp.float32), table[np.asarray(index)], rtol=near, atol=near)
+    np.testing.assert_array_equal(kernels.lookup(jnp.asarray(table), index), table[np.asarray(index)])
+
+
+def test_a_loop_over_a_weight_ends_and_keeps_it_with_the_client():
+    """Python asks for entries until there is none, and JAX gives one for any index."""
+    probe = Probe(jnp.ones((3, 4)))
+    assert len(list(nnx.Param(probe).get_value())) == 3 and probe.other
