@@ -24,7 +24,8 @@ FINAL = {
 
 def render(results):
     """The tables of all results, in Markdown."""
-    return "\n".join(_cell(result) for result in sorted(results, key=lambda result: result["cell"]))
+    cells = [_cell(result) for result in sorted(results, key=lambda result: result["cell"])]
+    return "\n".join(cells) or "No cell has been run yet.\n"
 
 
 def _cell(result):
@@ -33,12 +34,12 @@ def _cell(result):
     number = {len(seeds) for seeds in runs.values()}.pop()
     head = ["aligner", *FINAL, "CV of tokens", "rounds to target", "MB to target"]
     rows = [[name, *_finals(seeds), *_to_target(seeds, goal, config["rounds"])] for name, seeds in runs.items()]
-    versus = ["balanced less", *(f"{name}, points" for name in FINAL), "rounds to target", "bytes to target"]
+    versus = [f"{OURS} less", *(f"{name}, points" for name in FINAL), "rounds to target", "bytes to target"]
     against = [[name, *_gains(runs[OURS], seeds, goal)] for name, seeds in runs.items() if name != OURS]
     about = (
-        f"{number} seeds of {config['rounds']} rounds, {config['population'] or 'all'} clients, cohort {config['cohort']}, "
-        f"{config['experts']} experts of which a client holds {config['slots']}; "
-        f"target {100 * goal:.1f}%, {100 * TARGET_SHARE:.0f}% of what clients of `{BASE}` end with. "
+        f"{number} seeds of weights and cohorts on one split, {config['rounds']} rounds, evaluated every {config['eval_every']}; "
+        f"{config['population'] or 'all'} clients, cohort {config['cohort']}, {config['experts']} experts of which a client holds "
+        f"{config['slots']} (`full`: all); target {100 * goal:.1f}%, {100 * TARGET_SHARE:.0f}% of what clients of `{BASE}` end with. "
         f"{result['device']}, JAX {result['versions']['jax']}, {result['seconds'] / 60:.0f} min."
     )
     return f"### {result['cell']}\n\n{about}\n\n{_table(head, rows)}\n{_table(versus, against)}"

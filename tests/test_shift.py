@@ -10,7 +10,9 @@ import pytest
 from fedmoe_jax import cli
 from fedmoe_jax.data import partition, shift
 from fedmoe_jax.data.dataset import from_arrays
+from fedmoe_jax.experts import Slots, bind
 from fedmoe_jax.training import setup
+from fedmoe_jax.training.clients import label_prior
 from fedmoe_jax.training.config import TrainConfig
 from fedmoe_jax.training.evaluate import client_evaluation
 
@@ -19,7 +21,7 @@ CLIENTS, CLASSES = 20, 10
 
 def data(dtype=np.uint8, side=6):
     draw = np.random.default_rng(0)
-    x, test_x = (draw.integers(0, 200, (n, side, side, 1)).astype(dtype) for n in (400, 100))
+    x, test_x = (draw.integers(0, most, (n, side, side, 1)).astype(dtype) for n, most in ((400, 200), (100, 255)))
     y, test_y = (draw.integers(0, CLASSES, n) for n in (400, 100))
     made = from_arrays(dict(x=x, y=y, test_x=test_x, test_y=test_y, num_classes=CLASSES), "some")
     return made, partition.iid(len(x), CLIENTS)
@@ -32,22 +34,22 @@ def looks(image, domain, most):
     return image if domain < 4 else most - image
 
 
+def domain_of(images, shifted, most):
+    """Which domain each image was put into, by trying all."""
+    pairs = zip(images, shifted, strict=True)
+    return np.array([[np.array_equal(looks(old, domain, most), new) for domain in range(8)].index(True) for old, new in pairs])
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_images_look_as_their_domain_says(dtype):
     made, clients = data(dtype)
-    made.x[0, 0, 0] = 0
-    made.x[1, 0, 0] = 201
-    shifted = shift.apply(made, clients, kind="features", seed=3)
-    assert shifted.x.dtype == made.x.dtype and made.x[1, 0, 0] == 201  # the data set itself stays
+    shifted, most = shift.apply(made, clients, kind="features", seed=3), 255 if dtype == np.uint8 else made.x.max()
+    assert shifted.x.dtype == made.x.dtype and shifted.x is not made.x
     own = shift.domains(CLIENTS, 8, seed=3)
     for client, rows in enumerate(clients):
-        np.testing.assert_array_equal(shifted.x[rows], [looks(image, own[client], 201) for image in made.x[rows]])
+        assert (domain_of(made.x[rows], shifted.x[rows], most) == own[client]).all()
     np.testing.assert_array_equal(shifted.y, made.y)
-    found = [
-        [np.array_equal(looks(image, domain, 201), new) for domain in range(8)].index(True)
-        for image, new in zip(made.test_x, shifted.test_x, strict=True)
-    ]
-    assert set(found) == set(range(8))
+    assert set(domain_of(made.test_x, shifted.test_x, most)) == set(range(8))
 
 
 def test_labels_mean_what_their_domain_says():
@@ -73,12 +75,29 @@ def test_clients_are_dealt_evenly_by_the_seed_and_test_examples_are_not():
 
 
 def test_inputs_tell_which_labels_are_meant():
-    """With both, the domain of an image is that of its label."""
+    """With both, the domain of an image is that of its label, for clients and in the test set."""
     made, clients = data()
-    only_x, only_y, both = (shift.apply(made, clients, kind=kind) for kind in ("features", "concepts", "both"))
-    np.testing.assert_array_equal(both.x, only_x.x)
-    np.testing.assert_array_equal(both.y, only_y.y)
-    np.testing.assert_array_equal(both.test_y, only_y.test_y)
+    both, meaning = shift.apply(made, clients, kind="both", seed=2), shift.permutations(8, CLASSES)
+    np.testing.assert_array_equal(both.y, meaning[domain_of(made.x, both.x, 255), made.y])
+    np.testing.assert_array_equal(both.test_y, meaning[domain_of(made.test_x, both.test_x, 255), made.test_y])
+
+
+def test_no_two_domains_mean_the_same():
+    for num_domains, num_classes in ((2, 2), (6, 3), (8, 10), (20, 4)):
+        meaning = shift.permutations(num_domains, num_classes)
+        assert (np.sort(meaning, axis=1) == np.arange(num_classes)).all() and len(np.unique(meaning, axis=0)) == num_domains
+    with pytest.raises(ValueError, match="num_domains must be at most 2, the permutations of 2 classes"):
+        shift.permutations(3, 2)
+
+
+def test_what_no_client_owns_stays():
+    made, clients = data()
+    shifted = shift.apply(made, clients[:8], kind="both")
+    rest = np.concatenate(clients[8:])
+    np.testing.assert_array_equal(shifted.x[rest], made.x[rest])
+    np.testing.assert_array_equal(shifted.y[rest], made.y[rest])
+    with pytest.raises(ValueError, match="num_domains must be at most the number of clients, 7, not 8"):
+        shift.apply(made, clients[:7], kind="both")
 
 
 @pytest.mark.parametrize(
@@ -106,23 +125,35 @@ def test_data_that_cannot_be_shifted_are_refused():
 
 
 def test_a_client_is_also_served_with_its_label_prior():
-    """Against NumPy: with every expert held, from the logits of the whole model."""
+    """Against NumPy, from the logits of the whole model, which every client holds."""
     config = TrainConfig(population=20, cohort=5, experts=2, aligner="full", alpha=0.1, shift="features", model_options={"hidden": 16})
     made = setup.build(config)
-    algorithm = made.algorithm(config.cohort)
-    state = algorithm.init(jax.random.key(0), made.population)
+    state = made.algorithm(config.cohort).init(jax.random.key(0), made.population)
+    counts = np.stack([np.bincount(examples(made.population, client)[1], minlength=CLASSES) for client in range(20)]) + 1
+    prior = np.log(counts / counts.sum(1, keepdims=True)) - np.log(counts.sum(0) / counts.sum())
+    np.testing.assert_allclose(made.label_prior, prior, rtol=1e-4, atol=1e-5)
+    right = []
+    for client in range(20):
+        x, y = examples(made.holdout, client)
+        if len(x):
+            logits = bind(made.parts, state.experts, state.shared, Slots(jnp.ones(2, bool), jnp.zeros(2), None))(x)
+            right.append([(np.argmax(logits + extra, 1) == y).mean() for extra in (0, prior[client])])
+    plain, served = np.array(right).T
     found = client_evaluation(made)(state)
-    counts = np.stack([labels_of(made.population, client) for client in range(20)]) + 1
-    prior = np.log(counts / counts.sum(1, keepdims=True))
-    np.testing.assert_allclose(made.label_prior, prior, rtol=1e-5)
-    assert found["client_accuracy_prior_mean"] > found["client_accuracy_mean"] + 0.2  # nothing is learnt yet, but for the labels
-    most_common = [(labels_of(made.holdout, client)[prior[client].argmax()], labels_of(made.holdout, client).sum()) for client in range(20)]
-    guess = np.mean([right / total for right, total in most_common if total])
-    assert abs(found["client_accuracy_prior_mean"] - guess) <= 0.15
-    assert set(found) == {f"client_accuracy{kind}_{of}" for kind in ("", "_prior") for of in ("mean", "p10")}
+    assert found["client_accuracy_mean"] == pytest.approx(plain.mean(), abs=1e-5)
+    assert found["client_accuracy_prior_mean"] == pytest.approx(served.mean(), abs=1e-5) and served.mean() > plain.mean() + 0.1
+    assert found["client_accuracy_prior_p10"] == pytest.approx(np.quantile(served, 0.1), abs=1e-5)
 
 
-def labels_of(population, client):
-    """How many examples of each class a client has."""
-    batch = population.batch(jnp.int32(client), jnp.arange(population.max_examples))
-    return np.bincount(np.asarray(batch.y)[np.asarray(batch.mask)], minlength=CLASSES)
+def test_the_prior_of_text_counts_what_is_no_padding():
+    y = np.array([[0, 1, -1], [1, 1, 2], [2, 2, 2]], np.int32)
+    text = from_arrays(dict(x=np.maximum(y, 0), y=y, test_x=y[:1].clip(0), test_y=y[:1], task="next_token"), "text")
+    counts = np.array([[2, 4, 2], [1, 1, 4]])
+    expected = np.log(counts / counts.sum(1, keepdims=True) / (counts.sum(0) / counts.sum()))
+    np.testing.assert_allclose(label_prior(text, [np.array([0, 1]), np.array([2])]), expected, rtol=1e-5)
+
+
+def examples(population, client):
+    """(x, y) of a client."""
+    batch = population.batch(jnp.int32(client), jnp.arange(max(population.max_examples, 1)))
+    return batch.x[batch.mask], np.asarray(batch.y)[np.asarray(batch.mask)]

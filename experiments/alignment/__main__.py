@@ -48,6 +48,7 @@ def run(name, *, aligners=tuple(ALIGNERS), seeds=5, **changes):
             for aligner, path in of_aligner.items()
         }
     about = {key: table[key] for key in ("device", "versions", "config")} | {"cell": name, "seconds": round(time.monotonic() - start)}
+    about["config"] = about["config"] | {"data": Path(config.data).name}
     return metrics.plain(about | {"runs": runs})
 
 
@@ -60,21 +61,25 @@ def curve(records):
     }
     columns = {name: [records[place][name] for place in seen] for name in EVALUATED}
     columns |= {name: total[seen].tolist() for name, total in totals.items()}
-    return {"round": [records[place]["round"] + 1 for place in seen]} | {
-        name: [float(f"{value:.5g}") for value in column] for name, column in columns.items()
-    }
+    short = {name: [value if value is None else float(f"{value:.5g}") for value in column] for name, column in columns.items()}
+    return {"round": [records[place]["round"] + 1 for place in seen]} | short
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells", nargs="*", choices=[*CELLS, []], metavar="CELL", help=", ".join(CELLS))
-    parser.add_argument("--aligners", nargs="+", choices=list(ALIGNERS), default=list(ALIGNERS))
+    parser.add_argument("cells", nargs="*", metavar="CELL", help=", ".join(CELLS))
+    parser.add_argument(
+        "--aligners", nargs="+", choices=list(ALIGNERS), default=list(ALIGNERS), help="random and balanced are always there"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("experiments/results/alignment"))
     arguments = parser.parse_args()
+    if unknown := set(arguments.cells) - set(CELLS):
+        parser.error(f"no cell {', '.join(sorted(unknown))}; there are {', '.join(CELLS)}")
+    aligners = [name for name in ALIGNERS if name in {*arguments.aligners, "random", "balanced"}]
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.cells or CELLS:
-        metrics.write_json(arguments.out / f"{name}.json", run(name, aligners=arguments.aligners, seeds=arguments.seeds))
+        metrics.write_json(arguments.out / f"{name}.json", run(name, aligners=aligners, seeds=arguments.seeds))
 
 
 if __name__ == "__main__":

@@ -94,22 +94,22 @@ def is_linear(optimizer: optax.GradientTransformation | Callable[[Array], optax.
     A mask may look at the paths and numbers of axes of weights, but not at their sizes, which here are others.
     """
     leaves, treedef = jax.tree.flatten(weights)
-    return _is_linear(optimizer, treedef, tuple(leaf.ndim for leaf in leaves))
+    try:
+        return _is_linear(optimizer, treedef, tuple(leaf.ndim for leaf in leaves))
+    except Exception:  # an optimizer that cannot be tried is left to the primal engine
+        return False
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def _is_linear(optimizer, treedef, axes: tuple[int, ...]) -> bool:
     def trial(round, size):
         made = optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(round)
         return _trial(made, treedef, axes, size)
 
     trials = jax.jit(jax.vmap(jax.vmap(trial, (None, 0)), (0, None)))
-    try:
-        most, off = trials(jnp.arange(0, 101, 50), jnp.array([1e-2, 1.0, 1e4]))
-        moves = (most > 0) | (off > 0)
-        return bool(moves.any() & ((off <= 1e-3 * most + 2e-6) | ~moves).all())
-    except Exception:  # an optimizer that cannot be tried is left to the primal engine
-        return False
+    most, off = trials(jnp.arange(0, 101, 50), jnp.array([1e-2, 1.0, 1e4]))
+    moves = (most > 0) | (off > 0)
+    return bool(moves.any() & ((off <= 1e-3 * most + 2e-6) | ~moves).all())
 
 
 def _trial(optimizer: optax.GradientTransformation, treedef: Any, axes: tuple[int, ...], size: Array) -> tuple[Array, Array]:

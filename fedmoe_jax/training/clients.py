@@ -38,12 +38,17 @@ def shifted(config: TrainConfig, dataset: sources.Dataset, clients: list[np.ndar
 
 
 def label_prior(dataset: sources.Dataset, owned: list[np.ndarray]) -> jax.Array:
-    """Log of the label frequencies of each client that is `evaluated`, one added to every count: [client, class]."""
-    counts = np.ones((len(chosen := np.asarray(evaluated(len(owned)))), dataset.num_classes))
+    """Log of how much more frequent a label is with a client than with all of those that are `evaluated`: [client, class].
+
+    One is added to every count. A model of all clients knows their common frequencies already.
+    """
+    chosen = np.asarray(evaluated(len(owned)))
+    counts = np.ones((len(chosen), dataset.num_classes), np.float32)
     for row, client in zip(counts, chosen, strict=True):
         labels = dataset.y[owned[client]]
         row += np.bincount(labels[labels >= 0], minlength=dataset.num_classes)
-    return jnp.log(jnp.float32(counts / counts.sum(1, keepdims=True)))
+    own, common = counts / counts.sum(1, keepdims=True), counts.sum(0) / counts.sum()
+    return jnp.asarray(np.log(own / common))
 
 
 def evaluated(num_clients: int) -> jax.Array:

@@ -74,8 +74,10 @@ def side_by_side(setups: Sequence[Setup], memory_bytes: float) -> bool:
     weights only. On a CPU they are not: it gains nothing there (benchmarks/seeds.py).
     """
     first, width = setups[0], len(setups)
+    if width == 1 or jax.default_backend() == "cpu":
+        return False
     fits = first.fitting(memory_bytes / width) >= min(first.config.chunk or first.config.cohort, first.config.cohort)
-    return width > 1 and jax.default_backend() != "cpu" and fits and one_program(setups)
+    return fits and one_program(setups)
 
 
 def one_program(setups: Sequence[Setup]) -> bool:

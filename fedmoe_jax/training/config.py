@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedmoe_jax.data import shift
 from fedmoe_jax.devices import SOURCES
 from fedmoe_jax.training import fields
 from fedmoe_jax.training.fields import Options, UsageError, to_toml
@@ -16,7 +17,6 @@ __all__ = ["TrainConfig", "UsageError", "from_toml", "located", "parse", "to_tom
 
 DEFAULT_POPULATION = 100
 SPLITS = ("iid", "dirichlet", "classes", "natural")
-SHIFTS = ("none", "features", "concepts", "both")
 MODELS = ("mlp", "resnet", "transformer")
 ALIGNERS = ("random", "greedy", "load_only", "balanced", "full")
 FITNESSES = ("solo", "loss", "accuracy", "usage")
@@ -138,7 +138,7 @@ class TrainConfig:
 
 _NAMES = {
     "split": SPLITS,
-    "shift": SHIFTS,
+    "shift": shift.KINDS,
     "model": MODELS,
     "aligner": ALIGNERS,
     "assignment": ASSIGNMENTS,

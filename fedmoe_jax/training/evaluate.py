@@ -54,7 +54,7 @@ def global_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
 def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], dict[str, Any]]:
     """evaluate(state) -> mean and 10th percentile of the accuracy of clients that have test examples, `chunk` at once.
 
-    `client_accuracy_prior` is with the log of the client's own label frequencies added to the logits.
+    `client_accuracy_prior` is with the client's label prior (`clients.label_prior`) added to the logits.
     """
     everyone, cost = evaluated(setup.population.num_clients), setup.cost()
 
@@ -75,14 +75,14 @@ def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], di
         return jnp.where(count > 0, right / jnp.maximum(count, 1), jnp.nan)
 
     @jax.jit
-    def evaluate(state, holdout, cohort):
+    def evaluate(state, holdout, cohort, labels):
         key = stage_key(jax.random.fold_in(state.key, state.round), "evaluate")
         alignment, _ = setup.aligner.align(key, state.aligner, cohort)
-        rows = (cohort.client, alignment.held, setup.config.router_prior * alignment.centred, setup.label_prior)
+        rows = (cohort.client, alignment.held, setup.config.router_prior * alignment.centred, labels)
         return jax.lax.map(lambda row: accuracy(state, holdout, *row), rows, batch_size=min(chunk, _CHUNK, cohort.client.shape[0]))
 
     def run(state: State) -> dict[str, Any]:
-        each = np.asarray(evaluate(state, setup.holdout, setup.admit(everyone, state.pace[everyone], cost)))
+        each = np.asarray(evaluate(state, setup.holdout, setup.admit(everyone, state.pace[everyone], cost), setup.label_prior))
         each = each[np.isfinite(each).all(1)]
         if not each.size:
             return {}

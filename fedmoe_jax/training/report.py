@@ -91,7 +91,7 @@ def _run_page(folder):
     summary |= {name: saved[name] for name in ("versions", "device", "git_revision") if name in saved}  # where it ran, not where it is read
     if not all((folder / "plots" / f"{name}.png").is_file() for name in ("learning", "load", "cost")):
         plots.draw_run(records, folder / "plots")
-    names = [Path(str(config[name])).name for name in ("data", "model", "aligner") if name in config]
+    names = [_short(str(config[name])) for name in ("data", "model", "aligner") if name in config]
     last = [(name, _number(name, value)) for name, value in summary["last"].items()]
     tables = _section("Configuration", _pairs(config.items())) + _section("Last values", _pairs((_label(n), v) for n, v in last))
     body = _cards(_run_figures(summary)) + _pictures(folder) + f'<div class="columns">{tables}</div>'
@@ -100,6 +100,11 @@ def _run_page(folder):
         " · ".join(map(str, [*names, f"{summary['rounds']} rounds"])),
         body + _section("Environment", _environment(summary)),
     )
+
+
+def _short(name):
+    """The last part of an absolute path; other names as they are."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _run_figures(summary):

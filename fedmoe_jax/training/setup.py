@@ -38,7 +38,7 @@ LOCAL_TEST_FRACTION = 0.2
 class Setup:
     """What a run is made of. `population` holds the clients' training examples, `holdout` their own test splits.
 
-    `label_prior`: log of the label frequencies of each client that is `evaluated`, one added to every count, [client, class].
+    `label_prior` is that of `clients.label_prior`.
     With a `stream`, which then has the training examples, the population knows their number only.
     """
 
@@ -77,7 +77,8 @@ class Setup:
         if not isinstance(learnt, fitness.FitnessState):
             return None
         client = jnp.arange(min(self.population.num_clients, 1000))
-        prior = self.fitness.init(1, 1).value if self.config.fitness in ("solo", "loss") else jnp.nan  # others score it as well
+        known_prior = self.config.fitness in ("solo", "loss") and ":" not in self.config.aligner  # others score it as well
+        prior = self.fitness.init(1, 1).value if known_prior else jnp.nan
 
         def known(learnt: fitness.FitnessState) -> jax.Array:
             return jnp.where(learnt.value[client] == prior, jnp.nan, self.fitness.score(learnt, client))
@@ -152,7 +153,7 @@ def build(config: TrainConfig) -> Setup:
     dataset = clients.shifted(config, dataset, owners)
     train, held_out = splits.holdout(owners, LOCAL_TEST_FRACTION, config.seed)
     profile, test = clients.profile(config, len(owners)), (jnp.asarray(dataset.test_x), jnp.asarray(dataset.test_y))
-    labels = dataset.num_classes, clients.label_prior(dataset, train)
+    labels = dict(num_classes=dataset.num_classes, label_prior=clients.label_prior(dataset, train))
     if config.stream is not None:
         stream, of_test = (Stream.from_arrays(dataset.x, dataset.y, owned, profile) for owned in (train, held_out))
         holdout = of_test.window(np.asarray(clients.evaluated(len(owners))))
@@ -164,7 +165,9 @@ def build(config: TrainConfig) -> Setup:
 
 def variant(setup: Setup, config: TrainConfig) -> Setup:
     """The same clients and data, not copied, with the model and aligner of `config`, which differs in seed or aligner only."""
-    made = _assemble(config, setup.population, setup.holdout, setup.test, (setup.num_classes, setup.label_prior))
+    made = _assemble(
+        config, setup.population, setup.holdout, setup.test, dict(num_classes=setup.num_classes, label_prior=setup.label_prior)
+    )
     return dataclasses.replace(made, stream=setup.stream)
 
 
@@ -177,7 +180,7 @@ def _assemble(config, population, holdout, test, labels):
     elif config.shared_experts:
         raise ValueError(f"shared_experts: {config.model} must make its own; leave it at 0, or pass it with model_options")
     model = models.create(
-        config.model, input_shape=population.x.shape[1:], num_classes=labels[0], num_experts=config.experts,
+        config.model, input_shape=population.x.shape[1:], num_classes=labels["num_classes"], num_experts=config.experts,
         top_k=config.top_k, seed=config.seed, dtype=None if config.dtype == "float32" else jnp.bfloat16,
         per_layer=config.assignment == "per_layer", **options,
     )  # fmt: skip
@@ -188,8 +191,8 @@ def _assemble(config, population, holdout, test, labels):
     if number > 1 and config.assignment == "shared":
         raise ValueError(f"assignment: {config.model} has {number} groups of experts, each with an assignment of its own; use per_layer")
     setup = Setup(
-        config, population, holdout, test, *labels, model, parts, make_aligner(config, number),
-        models.losses.cross_entropy, make_fitness(config),
+        config, population, holdout, test, **labels, model=model, parts=parts, aligner=make_aligner(config, number),
+        loss_fn=models.losses.cross_entropy, fitness=make_fitness(config),
     )  # fmt: skip
     try:
         setup.cost()  # traces the model on a batch
