@@ -22,7 +22,9 @@ def check(clients, experts):
     assert len(speed) == 26 and figures[-1]["value"] == pytest.approx(min(speed.values()))
 
 
-@pytest.mark.parametrize(("clients", "experts"), [(10, 4), (1, 6), (9, 1), (200, 8)])
+@pytest.mark.parametrize(
+    ("clients", "experts"), [(10, 4), *(pytest.param(*size, marks=pytest.mark.slow) for size in [(1, 6), (9, 1)]), (200, 8)]
+)
 def test_every_family_is_solved_to_the_optimum(clients, experts):
     check(clients, experts)
 

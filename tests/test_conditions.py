@@ -76,7 +76,7 @@ def test_slots_follow_the_observed_times():
     np.testing.assert_allclose(state.pace[2:], 1.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [pytest.param("random", marks=pytest.mark.slow), "balanced"])
+@pytest.mark.parametrize("name", ["random", pytest.param("balanced", marks=pytest.mark.slow)])
 def test_only_what_changed_is_downloaded_again(name):
     """Against a plain account of who has which version."""
     data = population()
@@ -115,6 +115,7 @@ def test_what_was_received_in_the_round_of_a_change_is_old():
     np.testing.assert_array_equal(fresh, [[False] * 3, [True, False, False]])
 
 
+@pytest.mark.slow
 def test_one_slow_round_shuts_nobody_out_for_good():
     data = population(sizes=(4,) * CLIENTS)
     _, info = run(algorithm(cohort_size=CLIENTS), data)
