@@ -60,12 +60,12 @@ def test_optimizers(name):
 OPTIONS = {
     "loop of many steps": dict(client_optimizer=LINEAR["momentum"], local_steps=11),
     "decay, prox and chunks": dict(client_optimizer=LINEAR["weight decay"], prox=0.5, chunk_size=2),
-    "loop, decay, prox and chunks": dict(client_optimizer=LINEAR["weight decay"], prox=0.5, chunk_size=2, local_steps=11),
     "solo, personal router and prior": dict(solo_examples=4, router="personal", router_prior=2.0),
 }
+OPTIONS["all of them"] = {name: value for options in OPTIONS.values() for name, value in options.items()}
 
 
-@pytest.mark.parametrize("options", [*(pytest.param(name, marks=pytest.mark.slow) for name in list(OPTIONS)[:2]), *list(OPTIONS)[2:]])
+@pytest.mark.parametrize("options", [*(pytest.param(name, marks=pytest.mark.slow) for name in list(OPTIONS)[:-1]), "all of them"])
 def test_options(options):
     assert_same(population(), **OPTIONS[options])
 

@@ -110,17 +110,17 @@ def test_a_model_without_experts_is_refused():
         algorithm(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
 
 
-def test_the_deadline_has_room_for_probes():
+@pytest.mark.parametrize(("name", "probes", "most"), [pytest.param("random", 0, 2, marks=pytest.mark.slow), ("greedy", 1, 1)])
+def test_the_deadline_has_room_for_probes(name, probes, most):
     data = population()
     batch = jax.eval_shape(lambda: data.batch(jnp.int32(0), jnp.arange(BATCH)))
     cost = round_cost(partition(model()), cross_entropy, optax.sgd(0.3), batch)
     slow = dataclasses.replace(data.profile, downlink_bytes_per_second=jnp.full(CLIENTS, float(cost.expert_bytes)))  # one expert a second
     shared = float(cost.shared_bytes / cost.expert_bytes)
-    for name, probes, most in (("random", 0, 2), ("greedy", 1, 1)):
-        options = dict(aligner=aligner(name), cohort_size=CLIENTS, deadline=shared + 2.5, solo_examples=BATCH)
-        _, info = run(algorithm(**options), dataclasses.replace(data, profile=slow))
-        assert info.load.sum() == most * CLIENTS and info.simulated_seconds <= shared + 2.5
-        assert info.bytes_down - info.bytes_up == probes * CLIENTS * cost.expert_bytes
+    options = dict(aligner=aligner(name), cohort_size=CLIENTS, deadline=shared + 2.5, solo_examples=BATCH)
+    _, info = run(algorithm(**options), dataclasses.replace(data, profile=slow))
+    assert info.load.sum() == most * CLIENTS and info.simulated_seconds <= shared + 2.5
+    assert info.bytes_down - info.bytes_up == probes * CLIENTS * cost.expert_bytes
 
 
 def test_clients_too_slow_for_the_deadline_are_dropped():

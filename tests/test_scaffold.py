@@ -107,6 +107,7 @@ def test_a_control_variate_travels_with_each_weight():
     assert doubled.shared_memory > plain.shared_memory and doubled.expert_memory > plain.expert_memory
 
 
+@pytest.mark.slow
 def test_a_correction_is_the_mean_of_all_minus_the_own_for_each_group():
     draw, parts = np.random.default_rng(0), partition(Net())
     client, held = np.array([4, 1, 6]), np.array([[0, 2, 5, 7], [1, 2, 5, -1], [2, -1, 7, 5]])  # two slots of each of two groups
