@@ -120,8 +120,8 @@ class RoundCost:
     """What one round costs a client: a part for the shared parameters and a part for each expert, one of every group.
 
     Bytes are what one direction of the link carries; memory covers parameters, gradients, optimizer state and
-    activations; FLOPs are those of one example through forward and backward pass, and for solo evaluation those of the
-    forward passes of a whole round, for each expert that is tried alone.
+    activations; FLOPs are those of one example through forward and backward pass, and for solo evaluation and statistics those
+    of the forward passes of a whole round, for each expert that is tried alone. A report is what travels up with each expert.
     """
 
     shared_bytes: Float[Array, ""]
@@ -132,6 +132,7 @@ class RoundCost:
     expert_flops: Float[Array, ""]
     solo_shared_flops: Float[Array, ""]
     solo_expert_flops: Float[Array, ""]
+    report_bytes: Float[Array, ""] | float = 0.0
 
 
 @pytree

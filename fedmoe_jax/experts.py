@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from fedmoe_jax import kernels
-from fedmoe_jax.base import NO_EXPERT, pytree
+from fedmoe_jax.base import NO_EXPERT, pytree, static
 
 
 class ExpertParam(nnx.Param):
@@ -40,8 +40,10 @@ class RouterParam(ExpertParam):
 class Slots:
     """What a MoE layer is told about the slots it computes, and what it reports back.
 
-    `held` marks filled slots, `prior` is added to the router logits, `mask` marks real examples. The layer sets
-    `tokens`, the tokens of each example that it sent to each slot, and `penalty`, its weighted auxiliary loss.
+    `held` marks filled slots, `prior` is added to the router logits, `mask` marks real examples. A `posterior.Posterior` takes
+    the place of the router, and then each token goes to all slots. The layer sets `tokens`, the tokens of each example that it
+    sent to each slot, `penalty`, its weighted auxiliary loss, and if asked to `observe` what it has `seen`: the features of
+    each token, and the gates with which it went to each slot.
     """
 
     held: Bool[Array, " slot"]
@@ -49,6 +51,9 @@ class Slots:
     mask: Bool[Array, " example"] | None = None
     tokens: Float[Array, "example slot"] | None = None
     penalty: Float[Array, ""] | None = None
+    posterior: Any = None
+    seen: tuple[Float[Array, "token feature"], Float[Array, "slot token"]] | None = None
+    observe: bool = static(default=False)
 
 
 class SlotState(nnx.Variable):
@@ -185,6 +190,12 @@ def report(model: Any) -> tuple[Float[Array, "example slot"], Float[Array, ""]]:
     if any(s.tokens is None or s.penalty is None for s in slots):
         raise ValueError("model has a MoE layer that does not read its SlotState: it would send tokens to empty slots")
     return jnp.concatenate([sum(s.tokens for s in of_group) for of_group in layers.values()], -1), sum(s.penalty for s in slots)
+
+
+def layers(model: Any) -> list[tuple[int, SlotState]]:
+    """The SlotState of every layer, group after group, with the place of its group."""
+    states = _slot_states(model)
+    return [(place, state) for place, name in enumerate(groups(nnx.state(model, ExpertParam))) for state in states.get(name, [])]
 
 
 def _slot_states(model: Any) -> dict[str | None, list[SlotState]]:

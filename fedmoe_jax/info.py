@@ -16,7 +16,8 @@ class Info:
     each expert of each group, group after group. Seconds take an expert for one of every group, as `base.RoundCost`.
 
     `load_cv` is the coefficient of variation of `load`; `load_cv_total`, `load_gini_total` and `load_entropy_total`
-    (normalised, 1 is even) are of tokens per expert since the start. `load` counts clients whose update arrived in time.
+    (normalised, 1 is even) are of tokens per expert since the start, of which the least trained expert has `load_least_total` times
+    the mean. `load` counts clients whose update arrived in time.
     `unavailable_clients` of the cohort could not be reached; `dropped_clients` are those too small or slow to take part, and
     those whose update came late. `train_loss` is NaN where nobody trained.
     """
@@ -28,6 +29,7 @@ class Info:
     load_cv_total: Float[Array, ""]
     load_gini_total: Float[Array, ""]
     load_entropy_total: Float[Array, ""]
+    load_least_total: Float[Array, ""]
     coverage: Float[Array, ""]
     staleness_max: Int[Array, ""]
     fitness_mean: Float[Array, ""]
@@ -50,11 +52,17 @@ class Traffic(NamedTuple):
     bytes_up: Float[Array, " client"]
 
 
-def downloads(alignment: Alignment, cached: Bool[Array, "client all_experts"], expert_bytes: Float[Array, " group"]) -> Traffic:
+def downloads(
+    alignment: Alignment,
+    cached: Bool[Array, "client all_experts"],
+    expert_bytes: Float[Array, " group"],
+    report_bytes: Float[Array, " group"] | float = 0.0,
+) -> Traffic:
     """The traffic of an alignment, without the experts whose current version a client still has.
 
     Args:
       expert_bytes: of one expert of each group.
+      report_bytes: of what comes back with it beside its weights.
     """
     num_groups = expert_bytes.shape[0]
 
@@ -66,7 +74,7 @@ def downloads(alignment: Alignment, cached: Bool[Array, "client all_experts"], e
 
     held, probed = per_group(alignment.held, True), per_group(alignment.probed, True)
     down = per_group(alignment.held, missing(alignment.held)) + per_group(alignment.probed, missing(alignment.probed))
-    return Traffic(held.max(axis=1), probed.max(axis=1), down @ expert_bytes, held @ expert_bytes)
+    return Traffic(held.max(axis=1), probed.max(axis=1), down @ expert_bytes, held @ (expert_bytes + report_bytes))
 
 
 def summarize(
@@ -97,6 +105,7 @@ def summarize(
         load_cv_total=loads.coefficient_of_variation(total),
         load_gini_total=loads.gini(total),
         load_entropy_total=loads.normalized_entropy(total),
+        load_least_total=total.min() / jnp.maximum(total.mean(), 1),
         coverage=(tokens > 0).mean(),
         staleness_max=staleness.max(),
         fitness_mean=alignment.fitness.sum() / jnp.maximum(held.sum(), 1),

@@ -10,20 +10,23 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from fedmoe_jax import aggregation, cache, sampling, scaffold
+from fedmoe_jax import aggregation, cache, posterior, sampling, scaffold
 from fedmoe_jax.alignment import capacity
 from fedmoe_jax.base import Aggregator, Aligner, Cohort, LossFn, Population, RoundCost, pytree, stage_key
 from fedmoe_jax.conditions import Conditions, steady
 from fedmoe_jax.experts import combine, groups, map_groups, num_experts, partition
 from fedmoe_jax.info import Info, downloads, summarize
 from fedmoe_jax.local import plan
-from fedmoe_jax.local.cohort import Trainer, keep_routers, router_rows
+from fedmoe_jax.local.cohort import Trainer, batch_shape, keep_routers, router_rows
+
+STATISTICS_BATCHES = 4
+"""Batches of its examples of which a client returns statistics in a round, with router "statistics"."""
 
 
 @pytree
 class State:
     """What the next round reads. `personal` holds each client's own router rows, or None when they are shared; `controls` the
-    control variates of SCAFFOLD, or None without.
+    control variates of SCAFFOLD, `statistics` those of each MoE layer for the global router, or None without.
 
     `tokens` and `last_trained` have the experts of all groups, group after group. `pace` is how many times as long as its
     profile says each client took lately.
@@ -35,6 +38,7 @@ class State:
     shared: PyTree[Float[Array, "..."]]
     personal: PyTree[Float[Array, "population expert ..."]] | None
     controls: scaffold.Controls | None
+    statistics: tuple[posterior.Statistics, ...] | None
     optimizer: PyTree
     aligner: PyTree
     tokens: Float[Array, " all_experts"]
@@ -90,7 +94,8 @@ def federated_moe(
       batch_size: examples in a local step.
       prox: weight of the FedProx term.
       router: "shared", or "personal": router rows stay on the client. Those of the global model are the population's mean,
-        which the simulation keeps for evaluation and which no client sends.
+        which the simulation keeps for evaluation and which no client sends. "statistics": shared on clients, but the server
+        keeps statistics of what each expert was sent, of which it makes the router of the global model, see `posterior`.
       router_prior: multiple of a client's centred fitness added to its router logits during its own training.
       deadline: seconds that a client has; it limits slots. Clients too slow for the shared part take no part, and what
         arrives late is lost.
@@ -116,7 +121,7 @@ def federated_moe(
     trainer = Trainer(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, prox, router == "personal",
         batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
-        aligner.max_slots, aligner.probes, used, control_variates,
+        aligner.max_slots, aligner.probes, used, control_variates, STATISTICS_BATCHES * batch_size if router == "statistics" else 0,
     )  # fmt: skip
 
     def init(key: Key[Array, ""], population: Population) -> State:
@@ -127,7 +132,8 @@ def federated_moe(
         if control_variates:
             sizes = population.num_clients, personal_budget_bytes
             controls = scaffold.start(parts.experts, parts.shared, *sizes, personal_router=router == "personal")
-        return _start(key, population.num_clients, parts, (personal, controls), server_optimizer, aligner)
+        statistics = posterior.start(parts, batch_shape(population, batch_size)) if router == "statistics" else None
+        return _start(key, population.num_clients, parts, (personal, controls, statistics), server_optimizer, aligner)
 
     @jax.jit
     def step(state: State, population: Population) -> tuple[State, Info]:
@@ -140,13 +146,14 @@ def federated_moe(
         limits = dict(deadline=deadline, examples=examples, pace=state.pace[sampled], available=available, cached=cached)
         cohort, admitted = admit(population, sampled, cost, aligner, **limits)
         alignment, aligned = aligner.align(stage_key(key, "align"), state.aligner, cohort)
-        traffic = downloads(alignment, cached, trainer.expert_bytes())
+        traffic = downloads(alignment, cached, trainer.expert_bytes(), trainer.report_bytes(population))
         planned = _seconds(population, cost, alignment, traffic, examples, sampled)
         taken = slowdown * planned
         on_time = taken <= limit
         trainees = dataclasses.replace(cohort, present=cohort.present & on_time)
         prior = router_prior * alignment.centred
-        delta, routers, controls, feedback, summary = trainer.train(stage_key(key, "local"), state, population, trainees, alignment, prior)
+        local = stage_key(key, "local")
+        delta, routers, (controls, seen), feedback, summary = trainer.train(local, state, population, trainees, alignment, prior)
         tokens = combine(feedback.tokens.astype(jnp.float32), alignment.held, jnp.ones(alignment.held.shape), experts)
         (weights, shared), optimizer = _serve(server_optimizer, state, delta, tokens, feedback.examples.sum())
         personal = None
@@ -154,8 +161,9 @@ def federated_moe(
             personal, weights = keep_routers(state.personal, weights, routers, trainees, alignment.held)
         learnt = aligner.learn(aligned, trainees, alignment, feedback)
         total, last = state.tokens + tokens, jnp.where(tokens > 0, state.round, state.last_trained)
-        pace, kept = _of_clients(state, cohort, alignment, taken, planned)
-        new = State(state.key, state.round + 1, weights, shared, personal, controls, optimizer, learnt, total, last, pace, kept)
+        pace, held = _of_clients(state, cohort, alignment, taken, planned)
+        carried = (personal, controls, seen, optimizer, learnt)
+        new = State(state.key, state.round + 1, weights, shared, *carried, total, last, pace, held)
         dropped = available & ~admitted | cohort.present & ~on_time
         facts = dict(tokens=tokens, total=total, staleness=state.round - last, unavailable=~available, dropped=dropped)
         return new, summarize(cohort, trainees, alignment, cost, traffic, jnp.minimum(taken, limit), summary, **facts)
@@ -172,10 +180,11 @@ def _start(key, clients, parts, own, server_optimizer, aligner) -> State:
     number = len(groups(parts.experts))
     experts, places = number * num_experts(parts.experts), number * (aligner.max_slots + aligner.probes)
     learnt = jax.tree.map(jnp.copy, aligner.init(clients))
+    personal, controls, statistics = own
     return State(
-        key=jnp.copy(key), round=jnp.int32(0), experts=weights[0], shared=weights[1], personal=own[0], controls=own[1],
-        optimizer=server_optimizer.init(weights), aligner=learnt, tokens=jnp.zeros(experts), last_trained=jnp.full(experts, -1, jnp.int32),
-        pace=jnp.ones(clients), cache=cache.empty(clients, places),
+        key=jnp.copy(key), round=jnp.int32(0), experts=weights[0], shared=weights[1], personal=personal, controls=controls,
+        statistics=statistics, optimizer=server_optimizer.init(weights), aligner=learnt, tokens=jnp.zeros(experts),
+        last_trained=jnp.full(experts, -1, jnp.int32), pace=jnp.ones(clients), cache=cache.empty(clients, places),
     )  # fmt: skip
 
 
@@ -286,8 +295,8 @@ def _checked(
             raise ValueError(f"{name} is {value}, it must be at least 0")
     if deadline is not None and not deadline > 0:
         raise ValueError(f"deadline is {deadline}, it must be above 0 seconds")
-    if router not in ("shared", "personal"):
-        raise ValueError(f"router is {router!r}, it must be 'shared' or 'personal'")
+    if router not in ("shared", "personal", "statistics"):
+        raise ValueError(f"router is {router!r}, it must be 'shared', 'personal' or 'statistics'")
     parts = partition(model)
     experts, number = num_experts(parts.experts), len(groups(parts.experts))
     if aligner.num_experts not in (None, experts):

@@ -1,13 +1,16 @@
 """What all tests share: programs, which are compiled once, and the scripts of experiments."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
 
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # the suite spends most of its time compiling
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # the suite spends most of its time compiling
 
 import jax
 import pytest
+
+gc.set_threshold(200_000, 20, 100)  # tracing leaves many objects and little garbage
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,15 +22,6 @@ def compiled_once(tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """One process makes what takes long to make and many tests use."""
-    for item in items:
-        if item.module.__name__ in ("test_cli", "test_groups", "test_training"):
-            for name in {"run", "played", "uninterrupted"} & set(item.fixturenames):
-                item.add_marker(pytest.mark.xdist_group(name))
 
 
 def _experiment(name):

@@ -207,6 +207,7 @@ def test_fitness_and_deficit_in_one_objective():
         ({"objective": "other"}, "objective is 'other'"),
         ({"deficit_weight": -1.0}, "deficit_weight is -1"),
         ({"download_price": -1.0}, "download_price is -1"),
+        ({"least_spread": -0.1}, "least_spread is -0.1"),
     ],
 )
 def test_options_of_balanced_that_cannot_be_are_refused(options, message):
@@ -225,3 +226,18 @@ def test_an_aligner_that_weighs_bytes_prefers_what_clients_have():
     both = dataclasses.replace(cohort, cached=jnp.concatenate([cached, cached[:, ::-1]], axis=1))
     aligned, _ = grouped.align(jax.random.key(0), grouped.init(EXPERTS), both)
     np.testing.assert_array_equal(aligned.held, np.stack([np.arange(EXPERTS), 2 * EXPERTS - 1 - np.arange(EXPERTS)], axis=1))
+
+
+def test_differences_that_are_noise_are_not_followed():
+    """Clients that like expert 0 a little best share it out once enough scores tell that it is only a little."""
+    aligner = alignment.balanced(num_experts=EXPERTS, max_slots=1, load=load.monitor(tolerance=5.0), least_spread=0.1)
+    cohort = Cohort(jnp.arange(CLIENTS), jnp.ones(CLIENTS, bool), jnp.full(CLIENTS, 1))
+    state = aligner.init(CLIENTS)
+    learnt = dataclasses.replace(state.fitness, value=jnp.full((CLIENTS, EXPERTS), 0.5).at[:, 0].set(0.52))
+
+    def on_the_first(spread, scores):
+        told = dataclasses.replace(state, fitness=dataclasses.replace(learnt, spread=jnp.float32(spread), scores=jnp.float32(scores)))
+        return (aligner.align(jax.random.key(0), told, cohort)[0].held == 0).sum()
+
+    enough = fitness.SCORES_TO_TELL
+    assert on_the_first(0.11, enough) == on_the_first(0.09, enough - 0.1) == CLIENTS > on_the_first(0.09, enough)

@@ -1,6 +1,12 @@
-"""The grid of experiments/alignment, in small, and the tables that are made of it."""
+"""The grid of experiments, in small, and the tables and figure that are made of it."""
 
+import collections
+import dataclasses
+import json
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +14,32 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
-from experiments import tables  # noqa: E402
-from experiments.alignment import __main__ as grid  # noqa: E402
-from fedmoe_jax.training.config import TrainConfig, from_toml, validate  # noqa: E402
+from experiments import ablation_tables, figures, grid, grid_tables, outcome, tables  # noqa: E402
+from experiments.ablations.__main__ import PLAN as ABLATIONS  # noqa: E402
+from experiments.alignment.__main__ import PLAN  # noqa: E402
+from fedmoe_jax.training.config import validate  # noqa: E402
+
+ABOUT = dict(
+    config=dict(
+        data="fashion_mnist.npz", split="iid", shift="features", alpha=0.3, classes_per_client=2,
+        rounds=8, population=10, cohort=5, experts=4, slots=2, eval_every=2,
+    ),
+    device="1 x cpu", versions={"jax": "1"}, seconds=60,
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", grid.CELLS)
-def test_every_cell_is_a_valid_configuration(name):
-    validate(TrainConfig(**from_toml(grid.CELLS[name])))
+@pytest.mark.parametrize("name", dict.fromkeys([*PLAN, *ABLATIONS, *(f"fashion_iid+{factor}" for factor in grid.FACTORS)]))
+def test_every_cell_and_factor_is_a_valid_configuration(name):
+    validate(grid.configuration(name))
+
+
+def test_factors_change_a_cell_one_after_the_other_and_changes_come_last(monkeypatch, tmp_path):
+    (tmp_path / "narrow.toml").write_text("experts = 4\nslots = 1\n[model_options]\nhidden = 3\n")
+    monkeypatch.setitem(grid.FACTORS, "narrow", tmp_path / "narrow.toml")
+    cell, changed = grid.configuration("fashion_both"), grid.configuration("fashion_both+32_experts+narrow", slots=3)
+    assert grid.configuration("fashion_both+32_experts").experts == 32
+    assert (changed.experts, changed.slots, changed.shift, changed.rounds) == (4, 3, cell.shift, cell.rounds)
+    assert changed.model_options == cell.model_options | {"hidden": 3} and cell.model_options["hidden"] != 3
 
 
 def test_a_small_cell_gives_a_table(monkeypatch, tmp_path):
@@ -25,42 +49,295 @@ def test_a_small_cell_gives_a_table(monkeypatch, tmp_path):
     small = dict(
         data=str(tmp_path / "some.npz"), population=16, cohort=8, rounds=4, eval_every=2, local_steps=1, model_options={"hidden": 16}
     )
-    aligners = ("random", "paper-style greedy")
-    found = grid.run("fashion_both", aligners=aligners, seeds=2, **small)
-    assert list(found["runs"]) == list(aligners) and {len(seeds) for seeds in found["runs"].values()} == {2}
-    for run in (run for seeds in found["runs"].values() for run in seeds):
-        assert run["round"] == [2, 4] and run["bytes"][1] > run["bytes"][0] and len(run["client_accuracy_prior_mean"]) == 2
+    found = grid.run("fashion_both", aligners=("paper-style greedy",), seeds=2, **small)
+    ((name, seeds),) = found["runs"].items()
+    assert name == "paper-style greedy" and len(seeds) == 2 and found["cell"] == "fashion_both"
+    for run in seeds:
+        assert run["round"] == [2, 4] and run["bytes"][1] > run["bytes"][0] and len(run["client_accuracy_fittest_prior_mean"]) == 2
     assert found["config"]["data"] == "some.npz"
-    text = tables.render([found | {"runs": found["runs"] | {tables.OURS: found["runs"]["random"]}}])
-    assert text.count("paper-style greedy") == 2 and "± " in text and "fashion_both" in text
+    text = rendered([found | {"runs": {outcome.BASE: seeds, name: seeds, outcome.OURS: seeds}}])
+    assert text.count("| paper-style greedy |") == 4 and "± " in text and "fashion_both" in text and text.count(outcome.FITTEST) == 3
 
 
-def run_of(accuracy):
-    """A run that is evaluated every other round, each of a megabyte; metrics differ by a factor."""
-    factors = dict(zip((*tables.FINAL.values(), "load_cv_total"), (0.5, 1.0, 0.25, 0.75, 0.1), strict=True))
+def result_of(*aligners, seeds=1, **config):
+    """What `grid.run` gives, of runs that are their aligner's name."""
+    return ABOUT | {"cell": "fashion_iid", "config": {"rounds": 3} | config, "runs": {name: [name] * seeds for name in aligners}}
+
+
+def test_merged_results_keep_those_of_other_aligners(tmp_path):
+    path = tmp_path / "fashion_iid.json"
+    for new in (result_of("balanced"), result_of("random"), result_of("random") | {"runs": {"random": ["again"]}}):
+        grid.merge(path, [new])
+    merged = json.loads(path.read_text())
+    assert list(merged["runs"].items()) == [("random", ["again"]), ("balanced", ["balanced"])] and merged["seconds"] == 180
+    for other, name in (
+        (result_of("greedy", rounds=4), "rounds"),
+        (result_of("greedy", slots=1), "slots"),
+        (result_of("greedy", seeds=2), "seeds"),
+    ):
+        with pytest.raises(ValueError, match=f"another {name};"):
+            grid.merge(path, [other])
+    assert json.loads(path.read_text()) == merged
+
+
+@pytest.mark.parametrize("devices", [0, 2])
+def test_tasks_that_fail_are_named_and_the_others_kept(monkeypatch, tmp_path, devices, capsys):
+    running, most, lock = collections.Counter(), collections.Counter(), threading.Lock()
+
+    def train(words, *, env, check):
+        cell, aligner = words[3], words[5]
+        with lock:
+            running[env.get("CUDA_VISIBLE_DEVICES")] += 1
+            most.update({device: running[device] - most[device] for device in running if running[device] > most[device]})
+        time.sleep(0.03 if aligner == "random" else 0.01)
+        with lock:
+            running[env.get("CUDA_VISIBLE_DEVICES")] -= 1
+        if aligner == "greedy":
+            raise subprocess.CalledProcessError(1, words)
+        out = Path(words[-1])
+        out.mkdir()
+        (out / f"{cell}.json").write_text(json.dumps(result_of(aligner, cell=cell)))
+
+    monkeypatch.setattr(grid.subprocess, "run", train)
+    (tmp_path / "fashion_both.json").write_text(json.dumps(result_of("full", rounds=7)))
+    words = ["fashion_iid", "fashion_both", "fashion_iid+phones", "--aligners", "random", "greedy", "balanced", "--jobs", "3"]
+    monkeypatch.setattr(sys, "argv", ["grid", *words, "--devices", str(devices), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="5 failed") as stop:
+        grid.main("what it is", "experiments.alignment", PLAN)
+    others = {f"fashion_both with {aligner}" for aligner in ("random", "balanced")}
+    named = {f"{cell} with greedy" for cell in ("fashion_iid", "fashion_both", "fashion_iid+phones")} | others
+    assert set(str(stop.value).partition(": ")[2].split(", ")) == named and "another rounds" in capsys.readouterr().err
+    kept = {path.stem: list(json.loads(path.read_text())["runs"]) for path in tmp_path.glob("*.json")}
+    assert kept == {"fashion_iid": ["random", "balanced"], "fashion_both": ["full"], "fashion_iid+phones": ["random", "balanced"]}
+    assert all(number <= (2 if devices else 3) for number in most.values()) and (not devices or set(most) == {"0", "1"})
+
+
+def run_of(accuracy, fittest=None):
+    """A run that is evaluated every other round, each of a megabyte and ten seconds; metrics differ by a factor.
+
+    With its fittest experts each client is `fittest` times as accurate.
+    """
+    factors = dict(zip((*grid_tables.FINAL.values(), *grid_tables.LOADS.values()), (0.5, 1.0, 0.25, 0.75, 0.125, 0.1, 0.9), strict=True))
     rounds = [2 * place + 2 for place in range(len(accuracy))]
     columns = {name: [factor * value for value in accuracy] for name, factor in factors.items()}
-    return columns | {"round": rounds, "bytes": [1e6 * round for round in rounds]}
+    for name in [name for name in columns if name.startswith("client_accuracy")]:
+        fair = name.replace("client_accuracy", "client_accuracy_fittest")
+        columns[fair] = [fittest and fittest * value for value in columns[name]]
+    return columns | {"round": rounds, "bytes": [1e6 * round for round in rounds], "simulated_seconds": [10 * round for round in rounds]}
 
 
-def test_differences_are_paired_and_targets_are_of_random():
-    config = dict(rounds=8, population=10, cohort=5, experts=4, slots=2, eval_every=2)
-    about = dict(cell="some", config=config, device="1 x cpu", versions={"jax": "1"}, seconds=60)
-    runs = {
-        "random": [run_of([0.1, 0.2, 0.3, 0.5]), run_of([0.2, 0.3, 0.4, 0.5])],
-        "balanced": [run_of([0.3, 0.5, 0.5, 0.5]), run_of([0.5, 0.6, 0.6, 0.7])],
-        "greedy": [run_of([0.1] * 4), run_of([0.3, 0.5, 0.6, 0.9])],
-    }
-    lines = tables.render([about | {"runs": runs}]).splitlines()
-    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("| ") and "---" not in line]
-    (_, random, ours, greedy), (head, over_random, over_greedy) = rows[:4], rows[4:]
-    half = 12.706 * np.std([50, 70], ddof=1) / np.sqrt(2)
-    assert "49.5%" in lines[2] and random == ["random", "25.0 ± 0.0", "50.0 ± 0.0", "12.5 ± 0.0", "37.5 ± 0.0", "0.050 ± 0.000", "8", "8"]
-    assert ours[2] == f"60.0 ± {half:.1f}" and ours[-2:] == ["3", "3"] and greedy[-2:] == ["4 (1 of 2 seeds)"] * 2
-    assert head[0] == "balanced less" and over_random[:3] == ["random", f"+5.0 ± {half / 2:.1f}", f"+10.0 ± {half:.1f}"]
-    assert over_random[-2].startswith("-62.5% ±") and over_random[-1].startswith("-62.5% ±") and over_greedy[-2:] == ["–", "–"]
+RUNS = {
+    "random": [run_of([0.1, 0.2, 0.3, 0.5], 2), run_of([0.2, 0.3, 0.4, 0.5], 1)],
+    "balanced": [run_of([0.3, 0.5, 0.5, 0.5], 1), run_of([0.5, 0.6, 0.6, 0.7], 1)],
+    "greedy": [run_of([0.1] * 4, 1), run_of([0.3, 0.5, 0.6, 0.9], 1)],
+    "full": [run_of([0.5] * 4), run_of([0.5] * 4)],
+}
+
+
+def half(*values):
+    """Half of the 95% interval of two values."""
+    return 12.7062 * np.std(values, ddof=1) / np.sqrt(2)
+
+
+def rendered(results):
+    """The tables of cells and all their details."""
+    cells = {result["cell"]: result for result in outcome.ordered(results)}
+    return "\n".join((grid_tables.summary(cells), grid_tables.details(cells)))
+
+
+def rows_of(text):
+    """The rows of each table, by what stands at its head and then by what stands first."""
+    found = {}
+    for block in text.split("\n\n"):
+        lines = [[cell.strip() for cell in line[2:-2].split(" | ")] for line in block.splitlines() if line.startswith("| ")]
+        if lines:
+            found[lines[0][0]] = {line[0]: dict(zip(lines[0][1:], line[1:], strict=True)) for line in lines[2:]}
+    return found
+
+
+def test_what_is_reached_is_that_of_the_last_round_and_also_with_the_fittest_experts():
+    text = rendered([ABOUT | {"cell": "some", "runs": RUNS}])
+    reached = rows_of(text)["reached in the last round"]
+    assert list(reached) == ["random", outcome.FITTEST, "balanced", "greedy", "full"] and all(len(row) <= 8 for row in reached.values())
+    assert list(reached["random"].values()) == [
+        *("25.0 ± 0.0", "50.0 ± 0.0", "12.5 ± 0.0", "37.5 ± 0.0", "6.2 ± 0.0"), "0.050 ± 0.000", "0.450 ± 0.000"
+    ]  # fmt: skip
+    fair = reached[outcome.FITTEST]
+    assert fair["clients"] == f"75.0 ± {half(100, 50):.1f}" and fair["clients, prior"] == f"56.2 ± {half(75, 37.5):.1f}"
+    assert [fair[name] for name in ("global", *grid_tables.LOADS)] == [reached["random"][name] for name in ("global", *grid_tables.LOADS)]
+
+
+def test_targets_are_of_random_and_runs_that_never_reach_them_count_with_all_their_rounds():
+    text = rendered([ABOUT | {"cell": "some", "runs": RUNS}])
+    taken = rows_of(text)["taken to the target"]
+    assert "Targets 49.5%, and 37.1% with label prior" in text
+    assert list(taken["random"].values()) == ["8", "8", "80"] * 2 and list(taken["balanced"].values()) == ["3", "3", "30"] * 2
+    assert list(taken["greedy"].values()) == ["6, 1 of 2 never", "6", "60"] * 2 and taken["full"]["rounds"] == "2"
+    assert taken[outcome.FITTEST]["rounds"] == "7"  # 0.6 in round 6 and 0.5 in round 8
+
+
+def test_differences_are_paired():
+    against = rows_of(rendered([ABOUT | {"cell": "some", "runs": RUNS}]))["balanced less"]
+    random, greedy = against["random"], against["greedy"]
+    assert list(against) == ["random", outcome.FITTEST, "greedy", "full"]
+    assert [random[name] for name in ("global", "clients")] == [f"+5.0 ± {half(0, 10):.1f}", f"+10.0 ± {half(0, 20):.1f}"]
+    assert random["clients, prior"] == f"+7.5 ± {half(0, 15):.1f}" and random["worst decile"] == f"+2.5 ± {half(0, 5):.1f}"
+    assert [against[outcome.FITTEST][name].split()[0] for name in ("global", "clients")] == ["+5.0", "-15.0"]
+    # seed by seed in 4 and 2 rounds, those of random in 8 and 8, those of greedy in 8, which do not reach it, and 4
+    assert [random[name] for name in ("rounds", "MB", "rounds, prior")] == [f"-62% ± {half(50, 75):.0f}"] * 3
+    assert greedy["rounds"] == "-50% ± 0, 1 of 4 never" and greedy["MB"] == "-50% ± 0"
+
+
+def test_the_summary_has_a_row_for_each_cell_and_factors_follow_theirs():
+    some = ABOUT | {"runs": RUNS}
+    cells = [some | {"cell": name} for name in ("some+phones", "some")]
+    last = some | {"cell": "text", "config": ABOUT["config"] | {"data": "shakespeare.npz", "split": "natural", "shift": "none"}}
+    text = rendered([last, *cells])
+    summary = rows_of(text)["cell"]
+    assert list(summary) == ["Fashion-MNIST, feature shift", "Shakespeare, natural clients"] and len(summary.popitem()[1]) == 9
+    row = summary["Fashion-MNIST, feature shift"]
+    assert row["random"] == "37.5 ± 0.0" and row["load_only"] == "–" and row["rounds, balanced / random"] == "3 / 8"
+    assert row["balanced less random"].startswith("+7.5 ±") and row["the same, global"].startswith("+5.0 ±")
+    assert row["CV, balanced / greedy"] == "0.060 / 0.050" and "took 2 minutes in all" in text
+    assert text.index("(`some`)") < text.index("### With `phones` (`some+phones`)") < text.index("(`text`)")
+    assert text.count("taken to the target") == 2 and text.count("| balanced less |") == 3
+
+
+@pytest.mark.parametrize("runs", [{"random": RUNS["random"]}, RUNS | {"greedy": RUNS["greedy"][:1]}])
+def test_cells_that_cannot_be_compared_are_named(runs):
+    with pytest.raises(ValueError, match="some: balanced and random"):
+        rendered([ABOUT | {"cell": "some", "runs": runs}])
+
+
+def test_the_figure_has_a_panel_for_each_cell_and_another_where_the_prior_matters(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(figures, "_panel", lambda axes, name, runs, metric, goal: drawn.append((name, metric)))
+    panels = [("a", RUNS, {outcome.PLAIN: 0.5, outcome.PRIOR: 0.505}), ("b", RUNS, {outcome.PLAIN: 0.5, outcome.PRIOR: 0.6})]
+    figures.curves(panels, tmp_path / "curves.png")
+    assert drawn == [("a", outcome.PLAIN), ("b", outcome.PLAIN), ("b, with label prior", outcome.PRIOR)]
+    monkeypatch.undo()
+    figures.curves(panels[:1], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_cell_stands_before_its_factors_in_the_table_of_factors():
+    some = ABOUT | {"runs": RUNS}
+    text = grid_tables.factors({name: some | {"cell": name} for name in ("some+phones", "some", "other")})
+    (rows,) = rows_of(text).values()
+    assert list(rows) == ["**Fashion-MNIST, feature shift**", "`phones`"] and "took 1 minutes in all" in text
+    row = rows["`phones`"]
+    assert row["random"] == "50.0 / 37.5" and row["load_only"] == row["balanced less paper-style greedy, prior"] == "–"
+    assert [row[name].split()[0] for name in ("balanced less random", "the same, prior", "the same, global")] == ["+10.0", "+7.5", "+5.0"]
+
+
+CELL = "fashion_both"
+BETTER = {
+    "random": [run_of([0.8] * 4), run_of([0.6] * 4)],
+    "balanced": [run_of([0.52] * 4), run_of([0.6] * 4)],
+}
+
+
+def changed(*factors, runs=BETTER, cell=CELL):
+    """A cell without change, and results of some changes of it."""
+    names = ("+".join((cell, factor)) if factor else cell for factor in factors)
+    return {cell: ABOUT | {"cell": cell, "runs": RUNS}}, {name: ABOUT | {"cell": name, "runs": runs} for name in names}
+
+
+def test_the_best_of_each_column_is_marked_and_the_best_variants_are_compared():
+    both = changed("statistics", "statistics+shared_expert", "one_slot")
+    both[1][f"{CELL}+statistics+shared_expert"]["runs"] = RUNS | {"balanced": BETTER["balanced"]}
+    ((head, rows),) = rows_of(ablation_tables.global_models(*both)).items()
+    assert head == "Fashion-MNIST, feature shift"
+    assert list(rows) == ["unchanged", "`statistics`", "`statistics` + `shared_expert`", "best of balanced less best of random"]
+    random, ours = ([row[f"{name}, global"] for row in rows.values()] for name in ("random", "balanced"))
+    assert random == ["25.0 ± 0.0", f"**35.0 ± {half(40, 30):.1f}**", "25.0 ± 0.0", ""]
+    assert ours == [f"**30.0 ± {half(25, 35):.1f}**", *[f"28.0 ± {half(26, 30):.1f}"] * 2, ""]
+    best = rows["best of balanced less best of random"]
+    assert best["balanced less random, global"] == f"-5.0 ± {half(-15, 5):.1f}"
+    assert best["the same, clients, prior"] == f"-7.5 ± {half(-22.5, 7.5):.1f}"
+    row = rows["`statistics`"]
+    assert row["balanced less random, global"] == f"-7.0 ± {half(-14, 0):.1f}" and row["MB a round, balanced"] == "1.0"
+    assert row["random less unchanged, global"] == f"+10.0 ± {half(15, 5):.1f}"
+    assert row["balanced less unchanged, global"] == f"-2.0 ± {half(1, -5):.1f}"
+
+
+def test_the_table_of_best_variants_has_a_row_for_each_cell():
+    text = ablation_tables.best_models(*changed("statistics"))
+    line = text.splitlines()[-1].strip("| ").split(" | ")
+    assert line == [
+        *("feature shift", "25.0 ± 0.0", f"30.0 ± {half(25, 35):.1f}", f"+5.0 ± {half(0, 10):.1f}"),
+        *(f"35.0 ± {half(40, 30):.1f}", f"28.0 ± {half(26, 30):.1f}", f"-7.0 ± {half(-14, 0):.1f}"),
+        *(f"35.0 ± {half(40, 30):.1f} (`statistics`)", f"30.0 ± {half(25, 35):.1f} (unchanged)", f"-5.0 ± {half(-15, 5):.1f}"),
+    ]
+    line = ablation_tables.best_models(*changed("fedprox")).splitlines()[-1].split(" | ")
+    assert line[4:7] == ["–"] * 3 and "(`fedprox`)" in line[7]
+
+
+def test_one_thing_at_a_time_is_compared_with_the_unchanged_cell():
+    cells, found = changed("beta_1", "one_slot", "")
+    found[CELL]["runs"] = {"balanced, UCB": BETTER["random"]}
+    found[f"{CELL}+beta_1"]["runs"] = {"balanced": BETTER["balanced"]}
+    alone, both = rows_of(ablation_tables.one_thing(cells, found)).values()
+    assert list(alone) == ["unchanged", "`beta_1`", "balanced, UCB"] and list(both) == ["unchanged", "`one_slot`"]
+    row = alone["`beta_1`"]
+    assert row["clients"] == f"56.0 ± {half(52, 60):.1f}" and row["less unchanged"] == f"-4.0 ± {half(2, -10):.1f}"
+    assert row["less unchanged, prior"] == f"-3.0 ± {half(1.5, -7.5):.1f}" and row["CV of tokens"] == f"0.056 ± {half(0.052, 0.06):.3f}"
+    # the target is that of the unchanged random, which is reached at once; random of one slot would set one that is not reached
+    assert [row[name] for name in ("rounds", "MB", "rounds, prior")] == ["2", "2", "2"] == [both["`one_slot`"][name] for name in
+        ("rounds", "MB", "rounds, prior")]  # fmt: skip
+    assert alone["unchanged"]["less unchanged"] == "" and alone["unchanged"]["rounds"] == "3"
+    assert alone["balanced, UCB"]["less unchanged"] == f"+10.0 ± {half(30, -10):.1f}" and "random, clients, prior" not in row
+    row = both["`one_slot`"]
+    assert row["random, clients, prior"] == f"52.5 ± {half(60, 45):.1f}"
+    assert row["balanced less random, prior"] == f"-10.5 ± {half(-21, 0):.1f}"
+
+
+def test_the_fallback_is_compared_with_both():
+    cells, found = changed("fallback", runs={"balanced": BETTER["balanced"]})
+    cells |= changed(cell="fashion_iid")[0]  # not run with it
+    (rows,) = rows_of(ablation_tables.fallback(cells, found)).values()
+    (row,) = rows.values()
+    assert [row[name] for name in ("balanced", "with fallback", "random")] == [
+        *(f"60.0 ± {half(50, 70):.1f}", f"56.0 ± {half(52, 60):.1f}", "50.0 ± 0.0")
+    ]  # fmt: skip
+    assert row["fallback less balanced"] == f"-4.0 ± {half(2, -10):.1f}" and row["fallback less random"] == f"+6.0 ± {half(2, 10):.1f}"
+    assert row["fallback less random, prior"] == f"+4.5 ± {half(1.5, 7.5):.1f}"
+
+
+@pytest.mark.parametrize("runs", [{"random": BETTER["random"]}, {"balanced": BETTER["balanced"]}, {n: r[:1] for n, r in BETTER.items()}])
+def test_changes_that_cannot_be_compared_are_named(runs):
+    with pytest.raises(ValueError, match=r"fashion_both\+statistics: balanced and random needed"):
+        ablation_tables.global_models(*changed("statistics", runs=runs))
+
+
+def test_without_results_there_are_no_tables():
+    for parts in tables.rendered({}, {}).values():
+        assert all(text in (grid_tables.NONE, ablation_tables.NONE) for text in parts.values())
+
+
+def test_what_stands_between_marks_is_replaced_and_marks_that_are_missing_are_named():
+    text = "a\n<!-- x -->\nold\n<!-- end of x -->\nb\n<!-- y z -->\n<!-- end of y z -->\n"
+    new = tables.put(text, {"y z": "2\n", "x": "1\n"})
+    assert new == "a\n<!-- x -->\n1\n<!-- end of x -->\nb\n<!-- y z -->\n2\n<!-- end of y z -->\n"
+    assert tables.put(new, {"y z": "", "x": "old\n"}) == text
+    for name, mark in (("w", "<!-- w -->"), ("x", "<!-- end of x -->")):
+        with pytest.raises(ValueError, match=f"no {mark}"):
+            tables.put(text.replace("<!-- end of x -->", ""), {name: ""})
 
 
 def test_the_tables_are_those_of_the_results():
-    text = (REPOSITORY / "experiments" / "README.md").read_text()
-    assert text.partition(tables.BEGIN)[2].partition(tables.END)[0] == tables.render(tables.results())
+    for path, parts in tables.rendered(outcome.read("alignment"), outcome.read("ablations")).items():
+        text = path.read_text()
+        assert text == tables.put(text, parts), f"{path} is not up to date: python -m experiments.tables"
+        links = [link.partition(")")[0].partition("#")[0] for link in text.split("](")[1:]]
+        assert links and all((path.parent / link).is_file() for link in links if link)
+    assert "](results/alignment/curves.png)" in (REPOSITORY / "experiments" / "README.md").read_text()
+
+
+def test_results_are_of_what_the_configurations_say():
+    for folder in ("alignment", "ablations"):
+        for name, result in outcome.read(folder).items():
+            config = dataclasses.asdict(grid.configuration(name))
+            config["data"] = Path(config["data"]).name
+            assert {key: config[key] for key in result["config"]} == result["config"], f"{folder}: {name}"
+            assert (outcome.RESULTS / folder / f"{name}.json").is_file()

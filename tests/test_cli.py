@@ -14,7 +14,7 @@ TINY = [
     "--population", "20", "--cohort", "5", "--experts", "4", "--rounds", "4", "--eval_every", "2", "--fitness", "usage",
     "--aligner", "greedy", "--model_options", "hidden=16",
 ]  # fmt: skip
-EVALUATED = ("eval_loss", "eval_accuracy", *(f"client_accuracy{kind}_{of}" for kind in ("", "_prior") for of in ("mean", "p10")))
+EVALUATED = ("eval_loss", "eval_accuracy", *metrics.CLIENT_ACCURACIES)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_an_existing_run_is_not_overwritten(run, capsys):
         (["--client_lr", "-0.1"], "client_lr"),
         (["--population", "many"], "population"),
         (["--data", "absent.npz"], "absent.npz"),
-        (["--router", "statistics"], "router"),
+        (["--router", "statistic"], "router"),
         (["--population", "5000"], "population"),
         (["--split", "natural"], "natural"),
         (["--model", "transformer"], "model"),

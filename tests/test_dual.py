@@ -174,7 +174,7 @@ def test_bfloat16():
 
 
 def test_a_client_with_broken_data_is_left_out():
-    (primal, info), (dual, info_dual), moved = both(population(broken=(3,), sizes=TWO_STEPS), cohort_size=8)
+    (primal, info), (dual, info_dual), moved = both(population(broken=(5,), sizes=TWO_STEPS))
     assert info_dual.rejected_updates == info.rejected_updates == 1
     assert distance(weights(primal), weights(dual)) <= 5e-6 * moved
 

@@ -77,17 +77,25 @@ class Oracle:
         self.prior, self.exploration, self.forget = prior, exploration, forget
         self.value = np.full((POPULATION, EXPERTS), prior)
         self.count = np.zeros((POPULATION, EXPERTS))
+        self.spread = self.scores = 0.0
 
     def update(self, cohort, aligned, feedback):
-        scored = np.zeros_like(self.value, bool)
+        scored, spreads = np.zeros_like(self.value, bool), []
         for row in range(CLIENTS):
             if not cohort.present[row]:
                 continue
             client = int(cohort.client[row])
-            for expert, score in scores_of(self.kind, aligned, feedback, row, self.alpha):
+            pairs = scores_of(self.kind, aligned, feedback, row, self.alpha)
+            self.scores += len(pairs) / self.value.size
+            if len(pairs) > 1:
+                values = [score for _, score in pairs]
+                spreads.append(np.std(values, ddof=1) / max(np.mean(values), 1e-6))
+            for expert, score in pairs:
                 self.value[client, expert] = (1 - self.beta) * self.value[client, expert] + self.beta * score
                 self.count[client, expert] += 1
                 scored[client, expert] = True
+        if spreads:
+            self.spread += fitness.SPREAD_RATE * (np.mean(spreads) - self.spread)
         self.value = np.where(scored, self.value, self.prior + (self.value - self.prior) * (1 - self.forget))
         self.count = np.where(scored, self.count, self.count * (1 - self.forget))
 
@@ -116,6 +124,7 @@ def test_scores_match_the_oracle(kind, seed, beta, prior, exploration, forget):
         oracle.update(*inputs)
     everyone = jnp.arange(POPULATION)
     np.testing.assert_allclose(rule.score(state, everyone), oracle.score(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose([state.spread, state.scores], [oracle.spread, oracle.scores], rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(rule.score(state, everyone[::-2]), rule.score(state, everyone)[::-2])
 
 

@@ -25,7 +25,7 @@ def test_fashion_mnist_in_small(shared_data, tmp_path):
 
 def test_shakespeare_in_small(shared_data, tmp_path):
     data = shared_data.shakespeare(SHARED, tmp_path)
-    small = dict(population=20, cohort=4, experts=4, rounds=6, eval_every=6, local_steps=10, aligner="greedy")
+    small = dict(population=20, cohort=4, experts=4, rounds=4, eval_every=4, local_steps=10, aligner="greedy")
     model = dict(layers=1, features=32, expert_hidden=64)
     assert run("shakespeare", data, tmp_path / "run", **small, model_options=model)["eval_loss"] <= 3.2
 

@@ -87,7 +87,7 @@ def test_a_client_optimizer_may_depend_on_the_round():
         (dict(prox=-1.0), "prox is -1.0"),
         (dict(prox=float("nan")), "prox is nan"),
         (dict(deadline=0.0), "deadline is 0.0"),
-        (dict(router="other"), "router is 'other', it must be 'shared' or 'personal'"),
+        (dict(router="other"), "router is 'other', it must be 'shared', 'personal' or 'statistics'"),
         (dict(router_prior=float("nan")), "router_prior is nan"),
         (dict(solo_examples=-1), "solo_examples is -1"),
         (dict(aligner=alignment.full(num_experts=EXPERTS + 1)), "aligner is for 5 experts, the model has 4"),

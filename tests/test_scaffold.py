@@ -32,7 +32,7 @@ def reference(start, data, count, client_lr=0.3, steps=2, corrected=True):
         return jax.grad(loss)(now)
 
     @jax.jit
-    def local_step(y, batch, mine, everyone):
+    def local_step(y, batch, mine, everyone, corrected):
         return jax.tree.map(lambda w, g, m, c: w - client_lr * (g - corrected * (m - c)), y, gradient(y, batch), mine, everyone)
 
     @jax.jit
@@ -48,7 +48,7 @@ def reference(start, data, count, client_lr=0.3, steps=2, corrected=True):
             y = x
             for step in range(steps):
                 batch = local_batch(jax.random.fold_in(keys[client], 0), data, jnp.int32(client), step, BATCH)
-                y = local_step(y, batch, own[client], everyone)
+                y = local_step(y, batch, own[client], everyone, float(corrected))
             own[client] = jax.tree.map(lambda mine, c, w, v: mine - c + (w - v) / (steps * client_lr), own[client], everyone, x, y)
             trained.append(y)
         x = mean(trained)

@@ -53,6 +53,21 @@ def test_the_client_rate_follows_the_round():
     assert steps == pytest.approx([-0.4, -0.2])
 
 
+def test_the_shared_part_may_have_a_server_optimizer_of_its_own():
+    weights = ({"w": jnp.ones(2)}, {"v": jnp.ones(2)})
+
+    def steps(**changes):
+        made, gradient = setup.server_optimizer(dataclasses.replace(CONFIG, server_lr=0.5, **changes)), weights
+        return [float(leaf[0]) for leaf in jax.tree.leaves(made.update(gradient, made.init(weights), weights)[0])]
+
+    adam = -0.01 / (1 + 1e-3)
+    assert steps() == pytest.approx([-0.5, -0.5])
+    assert steps(shared_optimizer="fedadam", shared_lr=0.01) == pytest.approx([-0.5, adam])
+    assert steps(shared_optimizer="fedadam") == pytest.approx([-0.5, 50 * adam])
+    assert steps(shared_optimizer="sgd", server_optimizer="fedadam") == pytest.approx([50 * adam, -0.5])
+    assert steps(shared_lr=0.01) == pytest.approx([-0.5, -0.5])
+
+
 @pytest.mark.parametrize("aligner", ALIGNERS)
 def test_every_aligner_and_fitness_can_be_made(aligner):
     for fitness in FITNESSES:

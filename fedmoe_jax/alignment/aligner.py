@@ -81,6 +81,7 @@ def balanced(
     objective: str = "fitness",
     deficit_weight: float = 1.0,
     download_price: float = 0.0,
+    least_spread: float = 0.0,
 ) -> Aligner:
     """The paper's alignment: the most fitness within capacity and load bounds [1]. Arguments as in `random`, and:
 
@@ -90,6 +91,8 @@ def balanced(
       deficit_weight: fitness that being behind by a mean round is worth, 0 or more.
       download_price: fitness that saving the download of an expert is worth, 0 or more. Clients then prefer experts whose
         current version they still have.
+      least_spread: where the scores of the experts that a client tries in a round differ by less (`fitness.FitnessState`), experts are
+        dealt out within the bounds of load whoever they suit, since following noise costs accuracy. 0 never does.
 
     Raises:
       ValueError: if an argument is out of its range.
@@ -100,7 +103,7 @@ def balanced(
     """
     if objective not in ("fitness", "fitness+deficit"):
         raise ValueError(f'objective is {objective!r}, it must be "fitness" or "fitness+deficit"')
-    for name, value in {"deficit_weight": deficit_weight, "download_price": download_price}.items():
+    for name, value in {"deficit_weight": deficit_weight, "download_price": download_price, "least_spread": least_spread}.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} is {value}, it must be 0 or more")
     monitor = load_stage.monitor() if load is None else load
@@ -115,6 +118,8 @@ def balanced(
         return assign.greedy(score + deficit_weight * behind, cohort.slots, key=client_keys(key, cohort.client)), state.prices
 
     def choose(key, state, cohort, score):
+        if least_spread:
+            score = jnp.where(state.fitness.differs(least_spread), score, 0.0)
         if download_price and cohort.cached is not None:
             score = score + download_price * cohort.cached
         return (within_bounds if objective == "fitness" else with_deficits)(key, state, cohort, score)

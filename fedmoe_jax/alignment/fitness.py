@@ -15,19 +15,32 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax.base import NO_EXPERT, Alignment, Cohort, Feedback, Fitness, pytree
 
+SPREAD_RATE = 0.1
+"""Weight of a round in the moving average of the spread."""
+SCORES_TO_TELL = 4
+"""Scores that a pair must have had, in the mean, before the spread is believed: experts that are to differ start alike."""
+
 
 @pytree
 class FitnessState:
     """Q and what makes it lazy: a client's row is brought up to date only when the client is seen.
 
     `count` is how often each pair was scored; it has no columns when exploration is off. `seen` is the round up to
-    which a client's row is decayed, `round` the number of updates so far.
+    which a client's row is decayed, `round` the number of updates so far. `spread` is how much the scores of experts differ that a
+    client tried in the same round, on the same examples: their standard deviation over their mean, a moving average. `scores` is how
+    often a pair was scored, in the mean.
     """
 
     value: Float[Array, "population expert"]
     count: Float[Array, "population counted"]
     seen: Int[Array, " population"]
     round: Int[Array, ""]
+    spread: Float[Array, ""]
+    scores: Float[Array, ""]
+
+    def differs(self, least_spread: float) -> Bool[Array, ""]:
+        """Whether experts differ by at least so much to clients, or it is too early to tell."""
+        return (self.spread >= least_spread) | (self.scores < SCORES_TO_TELL)
 
 
 def solo(
@@ -104,6 +117,8 @@ def _moving_average(pairs, *, beta: float, prior: float, exploration: float, for
             count=jnp.zeros((num_clients, num_experts if counted else 0), jnp.float32),
             seen=jnp.zeros(num_clients, jnp.int32),
             round=jnp.zeros((), jnp.int32),
+            spread=jnp.zeros(()),
+            scores=jnp.zeros(()),
         )
 
     def rows(state: FitnessState, client: Int[Array, " client"]):
@@ -128,6 +143,8 @@ def _moving_average(pairs, *, beta: float, prior: float, exploration: float, for
             count=state.count.at[row].set(count, mode="drop"),
             seen=state.seen.at[row].set(state.round + 1, mode="drop"),
             round=state.round + 1,
+            spread=_spread(state.spread, new, scored & cohort.present[:, None]),
+            scores=state.scores + (scored & cohort.present[:, None]).sum() / state.value.size,
         )
 
     return Fitness(init, score, update, probes)
@@ -143,6 +160,19 @@ def _to_experts(
     shape = (expert.shape[0], num_experts)
     scored = jnp.zeros(shape, bool).at[row, column].set(True, mode="drop")
     return scored, jnp.zeros(shape, jnp.float32).at[row, column].set(score.astype(jnp.float32), mode="drop")
+
+
+def _spread(old: Float[Array, ""], score: Float[Array, "client expert"], scored: Bool[Array, "client expert"]) -> Float[Array, ""]:
+    """The moving average after a round, of clients that scored at least two experts; `old` if there are none.
+
+    Sorted, so that the order of the cohort changes not even a rounding.
+    """
+    number = scored.sum(axis=1)
+    mean = (score * scored).sum(axis=1) / jnp.maximum(number, 1)
+    variance = (jnp.where(scored, score - mean[:, None], 0) ** 2).sum(axis=1) / jnp.maximum(number - 1, 1)
+    each = jnp.where(number > 1, jnp.sqrt(variance) / jnp.maximum(jnp.abs(mean), 1e-6), 0)
+    new = jnp.sort(each).sum() / jnp.maximum((number > 1).sum(), 1)
+    return jnp.where((number > 1).any(), (1 - SPREAD_RATE) * old + SPREAD_RATE * new, old)
 
 
 def _check(**arguments: float | int) -> None:

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from fedmoe_jax import scaffold, store
+from fedmoe_jax import posterior, scaffold, store
 from fedmoe_jax.base import NO_EXPERT, Aggregator, Alignment, ClientUpdate, Cohort, Feedback, LossFn, Population, RoundCost, client_keys
 from fedmoe_jax.experts import Partition, RouterParam, by_group, combine, groups, map_groups
 from fedmoe_jax.kernels import DualKernel, is_dual, is_finite
@@ -37,6 +37,7 @@ class Trainer(NamedTuple):
     probes: int
     engine: str
     control_variates: bool
+    statistics_examples: int
 
     def optimizer(self, round: Any) -> optax.GradientTransformation:
         """The client optimizer of a round."""
@@ -46,9 +47,9 @@ class Trainer(NamedTuple):
     def cost(self, population: Population, round: Any) -> RoundCost:
         """What a round costs a client, from the traced model."""
         optimizer = self.optimizer(round)
-        solo = batch_shape(population, self.solo_examples) if self.solo_examples else None
+        solo, seen = (batch_shape(population, n) if n else None for n in (self.solo_examples, self.statistics_examples))
         batch = batch_shape(population, self.batch_size)
-        options: dict[str, Any] = self._traffic() | dict(solo_batch=solo, max_slots=self.max_slots)
+        options: dict[str, Any] = self._traffic() | dict(solo_batch=solo, max_slots=self.max_slots, statistics_batch=seen)
         return round_cost(self.parts, self.loss_fn, optimizer, batch, **options)
 
     def _traffic(self) -> dict[str, bool]:
@@ -57,6 +58,13 @@ class Trainer(NamedTuple):
     def expert_bytes(self) -> Float[Array, " group"]:
         """What one expert of each group takes on one direction of the link."""
         return jnp.array(expert_bytes(self.parts.experts, **self._traffic()), jnp.float32)
+
+    def report_bytes(self, population: Population) -> Float[Array, " group"]:
+        """What a client returns of an expert of each group beside its weights."""
+        number = len(groups(self.parts.experts))
+        if not self.statistics_examples:
+            return jnp.zeros(number)
+        return jnp.array(posterior.report_bytes(posterior.start(self.parts, batch_shape(population, 1)), number), jnp.float32)
 
     def examples(self, owned: Any) -> Any:
         """Examples that a client with `owned` examples processes in a round."""
@@ -67,7 +75,7 @@ class Trainer(NamedTuple):
 
         Returns:
           (expert deltas, shared deltas), what each client added to its own router rows [client, slot, ...] (None when they are
-          shared), the new control variates (None without), Feedback, (mean training loss, rejected updates).
+          shared), the new control variates and sums of statistics (None without), Feedback, (mean training loss, rejected updates).
         """
         size = cohort.client.shape[0]
         chunks = -(-size // self.chunk_size)
@@ -78,13 +86,13 @@ class Trainer(NamedTuple):
         rows = (keys, cohort.client, cohort.present, alignment.held, alignment.probed, prior)
         rows = jax.tree.map(lambda row: _chunked(row[order], chunks, self.chunk_size), rows)
         train_chunk = self._chunk_function(state, population, self.uses(population))
-        start = self.aggregator.init(state.experts, state.shared), state.controls
-        (total, controls), out = jax.lax.scan(train_chunk, start, rows)
+        start = self.aggregator.init(state.experts, state.shared), state.controls, posterior.decayed(state.statistics)
+        (total, controls, statistics), out = jax.lax.scan(train_chunk, start, rows)
         feedback, routers, loss, rejected = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][jnp.argsort(order)], out)
         feedback = Feedback(*feedback)
         examples = feedback.examples
         train_loss = jnp.where(examples.sum() > 0, (loss * examples).sum() / jnp.maximum(examples.sum(), 1), jnp.nan)
-        return self.aggregator.finish(total), routers, controls, feedback, (train_loss, rejected.sum())
+        return self.aggregator.finish(total), routers, (controls, statistics), feedback, (train_loss, rejected.sum())
 
     def plan(self, population: Population) -> tuple[plan.Choice, ...]:
         """The engine of each weight, and why."""
@@ -104,9 +112,9 @@ class Trainer(NamedTuple):
         bases = jax.tree.leaves((state.experts, state.shared))
 
         def train_chunk(carry, rows):
-            total, controls = carry
+            total, controls, statistics = carry
             client = jax.vmap(lambda *row: self._client(state, population, uses, controls, *row))
-            update, feedback, loss, rejected, finite, gradient = client(*rows)
+            update, feedback, loss, rejected, finite, gradient, seen = client(*rows)
             if any(uses):  # their rows are large: look at them again only if that is needed
                 update = jax.lax.cond(finite.all(), lambda update: update, functools.partial(_without, finite), update)
             update, routers = _with_bases(ClientUpdate(*update), bases), None
@@ -117,7 +125,9 @@ class Trainer(NamedTuple):
             if controls is not None:
                 _, number, present, *_ = rows
                 controls = scaffold.learn(controls, number, present & finite, update.held, gradient, update.tokens, update.examples)
-            return (self.aggregator.add(total, update), controls), (feedback, routers, loss, rejected)
+            if seen is not None:
+                statistics = jax.tree.map(jnp.add, statistics, posterior.together(self.parts, seen, update.held))
+            return (self.aggregator.add(total, update), controls, statistics), (feedback, routers, loss, rejected)
 
         return train_chunk
 
@@ -154,7 +164,13 @@ class Trainer(NamedTuple):
         feedback = (examples, whole, result.correct / count, result.loss / count, solo)
         update = (result.shared, result.experts, held, examples, whole)
         gradient = result.gradient and (scaffold.travelling(result.gradient[0], self.personal), result.gradient[1])
-        return update, feedback, result.train_loss / jnp.maximum(result.trained, 1), present & ~finite, finite, gradient
+        seen = None
+        if self.statistics_examples:
+            batch = primal.local_batch(jax.random.fold_in(key, 2), population, client, 0, self.statistics_examples)
+            seen = posterior.observe(self.parts, own, state.shared, batch, filled, prior)
+            sound = good & is_finite(seen)
+            seen = jax.tree.map(lambda a: jnp.where(sound, a, 0), seen)
+        return update, feedback, result.train_loss / jnp.maximum(result.trained, 1), present & ~finite, finite, gradient, seen
 
     def _correction(self, correction, experts):
         """The correction of all weights: router rows that stay on the client have no control variate."""

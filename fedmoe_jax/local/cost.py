@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from jax.extend import core
 
+from fedmoe_jax import posterior
 from fedmoe_jax.base import Batch, LossFn, RoundCost
 from fedmoe_jax.experts import Partition, RouterParam, groups
 from fedmoe_jax.local.primal import objective, solo_losses
@@ -77,6 +78,7 @@ def round_cost(
     control_variates: bool = False,
     solo_batch: Batch | None = None,
     max_slots: int = 1,
+    statistics_batch: Batch | None = None,
 ) -> RoundCost:
     """The cost of a client's round from the actual model: the program is traced with one and with two experts of each group.
 
@@ -85,7 +87,8 @@ def round_cost(
       personal_router: whether router rows stay on the client and do not travel.
       control_variates: whether a control variate travels with each weight; a client then also keeps its correction and mean gradient.
       solo_batch: shapes of the batch on which experts are scored alone; None if they are not.
-      max_slots: experts that the client holds of each other group while one is scored alone, at most.
+      max_slots: experts that the client holds, of each other group while one is scored alone, at most.
+      statistics_batch: shapes of the batch of which a client returns statistics; None if it returns none.
 
     Returns:
       What an expert costs, one of every group, is the difference between two held experts and one, or three and two. Memory is
@@ -120,7 +123,14 @@ def round_cost(
     each = expert_bytes(parts.experts, personal_router=personal_router, control_variates=control_variates)
     travels = (1 + control_variates) * shared_bytes, sum(each)
     memory = copies * shared_bytes + max(activations(2) - 2 * kept, 0), copies * tree_bytes(one) + kept
-    numbers = (*travels, *memory, *_shared_and_each(flops), *_shared_and_each(solo, max_slots if num_groups > 1 else 1))
+    alone = _shared_and_each(solo, max_slots if num_groups > 1 else 1)
+    report, reports = 0, 0.0
+    if statistics_batch is not None:
+        slots = num_groups * max_slots
+        seen = functools.partial(posterior.observe, parts)
+        report = count_flops(seen, held(max_slots), parts.shared, statistics_batch, jnp.ones(slots, bool), jnp.zeros(slots))
+        reports = sum(posterior.report_bytes(posterior.start(parts, statistics_batch), num_groups))
+    numbers = (*travels, *memory, *_shared_and_each(flops), alone[0] + report, alone[1], reports)
     return RoundCost(*(jnp.float32(number) for number in numbers))
 
 

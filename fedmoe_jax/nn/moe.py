@@ -128,26 +128,31 @@ class MoE(nnx.Module):
         tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
         mask = jnp.ones(x.shape[0], bool) if slots.mask is None else slots.mask
         real = jnp.repeat(mask, math.prod(x.shape[1:-1]), total_repeat_length=len(tokens))
-        logits = matmul(tokens.astype(jnp.float32), router.astype(jnp.float32).T) + slots.prior
-        routed = routing.route(logits, slots.held, real, top_k=self.top_k, renormalize=self.renormalize)
-        y, sent = self._experts(tokens if self.dtype is None else tokens.astype(self.dtype), routed)
+        if slots.posterior is None:
+            logits = matmul(tokens.astype(jnp.float32), router.astype(jnp.float32).T) + slots.prior
+            routed = routing.route(logits, slots.held, real, top_k=self.top_k, renormalize=self.renormalize)
+        else:
+            logits = slots.posterior.logits(tokens)
+            routed = routing.route(logits, slots.held, real, top_k=len(router))
+        y, sent = self._experts(tokens if self.dtype is None else tokens.astype(self.dtype), routed, slots.posterior is not None)
         self.slots.set_value(
             dataclasses.replace(
                 slots,
                 tokens=routing.tokens_per_example(routed.slot, sent, len(router), x.shape[0]),
                 penalty=self.balance_weight * routing.balance_loss(routed, slots.held, real)
                 + self.z_weight * routing.z_loss(logits, slots.held, real),
+                seen=(tokens, routing.dense_gates(routed, len(router))) if slots.observe else None,
             )
         )
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         return y if self.shared is None else y + self.shared(x)
 
     def _experts(
-        self, x: Float[Array, "token feature"], routed: routing.Routing
+        self, x: Float[Array, "token feature"], routed: routing.Routing, dropless: bool
     ) -> tuple[Float[Array, "token out"], Bool[Array, "choice token"]]:
         """The gated sum of experts for each token, and which choices were computed."""
         slots, pairs = routed.probability.shape[1], routed.slot.size
-        if self.token_capacity is not None:
+        if self.token_capacity is not None and not dropless:
             limit = min(math.ceil(self.token_capacity * pairs / slots), len(x))
             layout = dispatch.limited(routed.slot, routed.active, slots, limit)
             expert = None  # tile e is that of slot e

@@ -26,7 +26,7 @@ PROFILE_FILES = (".json", ".jsonl")
 ASSIGNMENTS = ("shared", "per_layer")
 ENGINES = ("auto", "primal", "dual")
 DTYPES = ("float32", "bfloat16")
-OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adam", "adamw", "lion", "rmsprop", "yogi")
+OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adam", "adamw", "fedadam", "lion", "rmsprop", "yogi")
 SCHEDULES = ("constant", "cosine", "linear")
 
 
@@ -73,7 +73,7 @@ class TrainConfig:
     batch_size: int = 16
     """Examples in a client's batch."""
     client_optimizer: str = "sgd"
-    """sgd, momentum, nesterov, adagrad, adam, adamw, lion, rmsprop or yogi."""
+    """sgd, momentum, nesterov, adagrad, adam, adamw, fedadam (for servers), lion, rmsprop or yogi."""
     client_lr: float = 0.3
     """Learning rate of the clients."""
     client_schedule: str = "cosine"
@@ -82,6 +82,10 @@ class TrainConfig:
     """As client_optimizer, applied to the aggregate of a round."""
     server_lr: float = 1.0
     """Learning rate of the server."""
+    shared_optimizer: str | None = None
+    """Server optimizer of the shared part, where it is not to be server_optimizer."""
+    shared_lr: float | None = None
+    """Its learning rate; server_lr if not given."""
     server_schedule: str = "constant"
     """Server learning rate over the rounds: constant, cosine or linear."""
     prox: float = 0.0
@@ -104,6 +108,8 @@ class TrainConfig:
     """Multiple of a client's centred fitness that its router logits get."""
     tolerance: float | None = None
     """How far clients per expert may be from the target of a round, as a share; 0.1 if not given, but 0.3 with demand."""
+    least_spread: float = 0.0
+    """Relative spread of a client's scores below which balanced deals experts out by load alone; 0 for never."""
     demand: float = 0.0
     """How far training of experts follows what clients ask for: 0 is even, 1 as they ask."""
     profile: str = "uniform"
@@ -149,6 +155,7 @@ _NAMES = {
     "dtype": DTYPES,
     "client_optimizer": OPTIMIZERS,
     "server_optimizer": OPTIMIZERS,
+    "shared_optimizer": OPTIMIZERS,
     "client_schedule": SCHEDULES,
     "server_schedule": SCHEDULES,
 }
@@ -158,9 +165,9 @@ _LEAST = {
     **dict.fromkeys(("local_steps", "batch_size", "eval_every", "checkpoint_every", "chunk", "stream"), 1),
     "domains": 2,
     **dict.fromkeys(("shared_experts", "probes", "seed", "balance_weight", "prox", "router_prior", "tolerance"), 0),
-    **dict.fromkeys(("demand", "speed_bias", "speed_jitter"), 0),
+    **dict.fromkeys(("demand", "least_spread", "speed_bias", "speed_jitter"), 0),
 }
-_ABOVE_ZERO = ("availability", "alpha", "client_lr", "server_lr", "beta", "deadline", "target")
+_ABOVE_ZERO = ("availability", "alpha", "client_lr", "server_lr", "shared_lr", "beta", "deadline", "target")
 _MOST = {"availability": 1, "demand": 1, "beta": 1, "target": 1, "seed": 2**32 - 1}
 _MOST_FIELD = {"cohort": "population", "slots": "experts", "top_k": "experts", "probes": "experts"}
 

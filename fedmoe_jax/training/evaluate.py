@@ -9,11 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmoe_jax.base import NO_EXPERT, Batch, stage_key
+from fedmoe_jax import alignment, posterior
+from fedmoe_jax.alignment.aligner import AlignerState
+from fedmoe_jax.alignment.fitness import FitnessState
+from fedmoe_jax.base import NO_EXPERT, Aligner, Batch, stage_key
 from fedmoe_jax.data import sources
 from fedmoe_jax.experts import Slots, bind, gather, groups, num_experts
 from fedmoe_jax.local.cohort import own_routers
 from fedmoe_jax.round import State
+from fedmoe_jax.training import metrics
 from fedmoe_jax.training.checkpoint import Checkpoints
 from fedmoe_jax.training.clients import evaluated
 from fedmoe_jax.training.config import TrainConfig
@@ -25,36 +29,40 @@ _CHUNK = 50
 
 
 def global_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
-    """evaluate(state) -> eval_loss and eval_accuracy: all experts, shared router, no prior, the global test set."""
+    """evaluate(state) -> eval_loss and eval_accuracy: all experts, shared router or that of statistics, no prior, the global test set."""
     parts = setup.parts
     experts = len(groups(parts.experts)) * num_experts(parts.experts)
     size = min(_BATCH, len(setup.test[0]))
 
-    def one(weights, x, y, rows, key):
+    def one(weights, routers, x, y, rows, key):
         mask = rows < x.shape[0]
         rows = jnp.minimum(rows, x.shape[0] - 1)
         model = bind(parts, *weights, Slots(jnp.ones(experts, bool), jnp.zeros(experts), mask))
+        if routers is not None:
+            posterior.serve(model, routers)
         loss, aux = setup.loss_fn(model, Batch(x[rows], y[rows], mask), key)
         correct = aux.get("correct", jnp.full_like(loss, jnp.nan))
         return jnp.where(mask, loss, 0).sum(), jnp.where(mask, correct, 0).sum()
 
     @jax.jit
-    def evaluate(weights, x, y, key):
+    def evaluate(weights, statistics, x, y, key):
+        routers = None if statistics is None else posterior.posteriors(statistics)
         index = jnp.arange(-(-x.shape[0] // size) * size).reshape(-1, size)
-        sums = jax.lax.map(lambda rows: one(weights, x, y, rows, key), index)
+        sums = jax.lax.map(lambda rows: one(weights, routers, x, y, rows, key), index)
         return jax.tree.map(lambda values: values.sum() / x.shape[0], sums)
 
     def run(state: State) -> dict[str, Any]:
-        loss, correct = evaluate((state.experts, state.shared), *setup.test, state.key)
+        loss, correct = evaluate((state.experts, state.shared), state.statistics, *setup.test, state.key)
         return {"eval_loss": float(loss), "eval_accuracy": float(correct)}
 
     return run
 
 
 def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], dict[str, Any]]:
-    """evaluate(state) -> mean and 10th percentile of the accuracy of clients that have test examples, `chunk` at once.
+    """evaluate(state) -> `metrics.CLIENT_ACCURACIES` over clients that have test examples, `chunk` of them at once.
 
-    `client_accuracy_prior` is with the client's label prior (`clients.label_prior`) added to the logits.
+    Label priors (`clients.label_prior`) are added to the logits. Fittest experts, of those that the aligner may give a client, are
+    left out where it learns no fitness that we can read, or where all are held anyway.
     """
     everyone, cost = evaluated(setup.population.num_clients), setup.cost()
 
@@ -77,20 +85,31 @@ def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], di
     @jax.jit
     def evaluate(state, holdout, cohort, labels):
         key = stage_key(jax.random.fold_in(state.key, state.round), "evaluate")
-        alignment, _ = setup.aligner.align(key, state.aligner, cohort)
-        rows = (cohort.client, alignment.held, setup.config.router_prior * alignment.centred, labels)
-        return jax.lax.map(lambda row: accuracy(state, holdout, *row), rows, batch_size=min(chunk, _CHUNK, cohort.client.shape[0]))
+        alignments = [aligner.align(key, state.aligner, cohort)[0] for aligner in (setup.aligner, *fittest(setup, state))]
+        rows = [(cohort.client, each.held, setup.config.router_prior * each.centred, labels) for each in alignments]
+        rows = jax.tree.map(lambda *columns: jnp.concatenate(columns), *rows)
+        each = jax.lax.map(lambda row: accuracy(state, holdout, *row), rows, batch_size=min(chunk, _CHUNK, cohort.client.shape[0]))
+        return jnp.concatenate(jnp.split(each, len(alignments)), axis=1)
 
     def run(state: State) -> dict[str, Any]:
         each = np.asarray(evaluate(state, setup.holdout, setup.admit(everyone, state.pace[everyone], cost), setup.label_prior))
         each = each[np.isfinite(each).all(1)]
         if not each.size:
             return {}
-        names = ("client_accuracy", "client_accuracy_prior")
-        means = {f"{name}_mean": float(column.mean()) for name, column in zip(names, each.T, strict=True)}
-        return means | {f"{name}_p10": float(np.quantile(column, 0.1)) for name, column in zip(names, each.T, strict=True)}
+        values = (float(value) for column in each.T for value in (column.mean(), np.quantile(column, 0.1)))
+        return dict(zip(metrics.CLIENT_ACCURACIES, values, strict=False))
 
     return run
+
+
+def fittest(setup: Setup, state: State) -> tuple[Aligner, ...]:
+    """An aligner that gives each client its fittest experts by what the one of the run has learnt; empty where there is none."""
+    aligner = setup.aligner
+    learnt = isinstance(state.aligner, AlignerState) and isinstance(state.aligner.fitness, FitnessState)
+    if not learnt or aligner.num_experts is None or aligner.max_slots == aligner.num_experts:
+        return ()
+    sizes: dict[str, Any] = dict(num_experts=aligner.num_experts, max_slots=aligner.max_slots, groups=aligner.groups)
+    return (alignment.greedy(**sizes, fitness=setup.fitness),)
 
 
 def evaluate_run(folder: Path, config: TrainConfig, data: str) -> dict[str, Any]:

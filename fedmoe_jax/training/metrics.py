@@ -13,20 +13,24 @@ from typing import Any
 import jax
 import numpy as np
 
+CLIENT_ACCURACIES = tuple(
+    f"client_accuracy{experts}{prior}_{of}" for experts in ("", "_fittest") for prior in ("", "_prior") for of in ("mean", "p10")
+)
+"""Mean and 10th percentile over clients, with the experts that the aligner gives each of them or (fittest) with those of its highest
+fitness, and with or without its label prior."""
+
 METRIC_FIELDS = (
     "round",
     "train_loss",
     "eval_loss",
     "eval_accuracy",
-    "client_accuracy_mean",
-    "client_accuracy_p10",
-    "client_accuracy_prior_mean",
-    "client_accuracy_prior_p10",
+    *CLIENT_ACCURACIES,
     "load",
     "load_cv",
     "load_cv_total",
     "load_gini_total",
     "load_entropy_total",
+    "load_least_total",
     "coverage",
     "staleness_max",
     "fitness_mean",
@@ -45,11 +49,9 @@ METRIC_FIELDS = (
 
 HIGHER_IS_BETTER = (
     "eval_accuracy",
-    "client_accuracy_mean",
-    "client_accuracy_p10",
-    "client_accuracy_prior_mean",
-    "client_accuracy_prior_p10",
+    *CLIENT_ACCURACIES,
     "load_entropy_total",
+    "load_least_total",
     "coverage",
     "fitness_mean",
     "assignment_value",

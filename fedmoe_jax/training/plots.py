@@ -27,6 +27,7 @@ LABELS = {
     "client_accuracy_p10": "client accuracy, 10th percentile",
     "client_accuracy_prior_mean": "client accuracy with label prior, mean",
     "client_accuracy_prior_p10": "client accuracy with label prior, 10th percentile",
+    "client_accuracy_fittest_mean": "client accuracy with its fittest experts, mean",
     "load_cv": "CV of clients per expert, this round",
     "load_cv_total": "CV of tokens per expert, whole run",
 }

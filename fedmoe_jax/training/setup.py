@@ -23,7 +23,7 @@ from fedmoe_jax.local.cohort import batch_shape
 from fedmoe_jax.local.cost import round_cost
 from fedmoe_jax.local.plan import chunk_size
 from fedmoe_jax.local.primal import num_processed
-from fedmoe_jax.round import Algorithm, State, admit, federated_moe
+from fedmoe_jax.round import STATISTICS_BATCHES, Algorithm, State, admit, federated_moe
 from fedmoe_jax.training import clients
 from fedmoe_jax.training.config import MODELS, TrainConfig
 from fedmoe_jax.training.foreign import foreign
@@ -58,11 +58,10 @@ class Setup:
     def algorithm(self, chunk: int) -> Algorithm:
         """The round, with `chunk` clients trained side by side."""
         config = self.config
-        server = optimizer(config.server_optimizer, schedule(config.server_schedule, config.server_lr, config.rounds))
         conditions = varying(availability=config.availability, speed_bias=config.speed_bias, speed_jitter=config.speed_jitter)
         return federated_moe(
-            self.model, self.loss_fn, client_optimizer=client_optimizer(config), server_optimizer=server, aligner=self.aligner,
-            cohort_size=config.cohort, batch_size=config.batch_size, local_steps=config.local_steps,
+            self.model, self.loss_fn, client_optimizer=client_optimizer(config), server_optimizer=server_optimizer(config),
+            aligner=self.aligner, cohort_size=config.cohort, batch_size=config.batch_size, local_steps=config.local_steps,
             local_epochs=None if config.local_steps is not None else config.local_epochs, prox=config.prox, router=config.router,
             router_prior=config.router_prior, deadline=config.deadline, chunk_size=chunk, conditions=conditions,
             solo_examples=self.solo_examples, engine=config.engine, control_variates=config.control_variates,
@@ -106,6 +105,8 @@ class Setup:
         solo = batch_shape(self.population, solo_examples) if solo_examples else None
         optimizer = client_optimizer(config)(jnp.int32(0))
         options: dict[str, Any] = dict(personal_router=config.router == "personal", control_variates=config.control_variates)
+        if config.router == "statistics":
+            options["statistics_batch"] = batch_shape(self.population, STATISTICS_BATCHES * config.batch_size)
         options |= dict(solo_batch=solo, max_slots=self.aligner.max_slots)
         return round_cost(self.parts, self.loss_fn, optimizer, batch_shape(self.population, config.batch_size), **options)
 
@@ -146,8 +147,6 @@ def build(config: TrainConfig) -> Setup:
     Raises:
       ValueError: naming the field that cannot be.
     """
-    if config.router == "statistics":
-        raise ValueError("router: 'statistics' is not available yet, use shared or personal")
     dataset = sources.load(config.data)  # a test set that must be drawn is the same for every seed
     owners = clients.split(config, dataset)
     dataset = clients.shifted(config, dataset, owners)
@@ -224,14 +223,35 @@ def make_aligner(config: TrainConfig, groups: int = 1) -> Aligner:
         if groups > 1 and made.num_experts is None:
             made = made._replace(num_experts=config.experts)
         return alignment.grouped(made, groups)
+    if config.aligner == "balanced":
+        common["least_spread"] = config.least_spread
     return getattr(alignment, config.aligner)(groups=groups, **common)
 
 
 def optimizer(name: str, learning_rate: Any) -> optax.GradientTransformation:
-    """An optax optimizer by name; "momentum" and "nesterov" are SGD with momentum 0.9."""
+    """An optax optimizer by name; "momentum" and "nesterov" are SGD with momentum 0.9, "fedadam" is Adam as servers use it [1].
+
+    References:
+      [1] Reddi et al., "Adaptive Federated Optimization", ICLR 2021: decay 0.99 of second moments, 0.001 added to their root.
+    """
     if name in ("momentum", "nesterov"):
         return optax.sgd(learning_rate, momentum=0.9, nesterov=name == "nesterov")
+    if name == "fedadam":
+        return optax.adam(learning_rate, b2=0.99, eps=1e-3)
     return getattr(optax, name)(learning_rate)
+
+
+def server_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """The optimizer of (experts, shared), one for both or the shared part's own."""
+
+    def made(name: str, rate: float) -> optax.GradientTransformation:
+        return optimizer(name, schedule(config.server_schedule, rate, config.rounds))
+
+    if config.shared_optimizer is None:
+        return made(config.server_optimizer, config.server_lr)
+    shared = made(config.shared_optimizer, config.server_lr if config.shared_lr is None else config.shared_lr)
+    both = {"experts": made(config.server_optimizer, config.server_lr), "shared": shared}
+    return optax.multi_transform(both, ("experts", "shared"))
 
 
 def schedule(name: str, learning_rate: float, rounds: int) -> Any:

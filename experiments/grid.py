@@ -1,0 +1,151 @@
+"""Cells of experiments and how they are run: one process for each cell and aligner, side by side on the devices there are.
+
+A cell is a TOML file of fields of `fedmoe train`. CELL+FACTOR is the cell with what the file FACTOR.toml changes of it.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from fedmoe_jax.training import metrics
+from fedmoe_jax.training.compare import compare
+from fedmoe_jax.training.config import TrainConfig, from_toml
+
+HERE = Path(__file__).parent
+CELLS = {path.stem: path for path in sorted((HERE / "alignment").glob("*.toml"))}
+FACTORS = {path.stem: path for path in sorted((HERE / "factors").glob("*.toml"))}
+ALIGNERS = {
+    "random": "random",
+    "load_only": "load_only",
+    "greedy": "greedy",
+    "paper-style greedy": "experiments.alignment.aligners:paper_greedy",
+    "balanced": "balanced",
+    "full": "full",
+    **{f"fitness + {weight} deficit": f"experiments.alignment.aligners:deficit_{weight.replace('.', '_')}" for weight in ("0.3", "1", "3")},
+    "balanced, UCB": "experiments.alignment.aligners:balanced_ucb",
+    "balanced, forgetting": "experiments.alignment.aligners:balanced_forgetting",
+}
+COMPARED = ("random", "load_only", "greedy", "paper-style greedy", "balanced", "full")
+EVALUATED = ("eval_accuracy", *metrics.CLIENT_ACCURACIES, "load_cv_total", "load_least_total")
+
+
+def configuration(name, **changes):
+    """The configuration of a cell, CELL or CELL+FACTOR+..., with some fields changed once more."""
+    cell, *factors = name.split("+")
+    fields = dataclasses.asdict(TrainConfig(**from_toml(CELLS[cell])))
+    for factor in factors:
+        changed = from_toml(FACTORS[factor])
+        fields |= changed | {"model_options": fields["model_options"] | changed.get("model_options", {})}
+    return TrainConfig(**(fields | changes))
+
+
+def run(name, *, aligners=COMPARED, seeds=5, **changes):
+    """What the aligners reached on a cell with some of its fields changed, as it is written down."""
+    config, start = configuration(name, **changes), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        table = compare(config, out, aligners=[ALIGNERS[aligner] for aligner in aligners], seeds=seeds)
+        of_aligner = {aligner: out / ALIGNERS[aligner].replace(":", "-") for aligner in aligners}
+        runs = {
+            aligner: [curve(metrics.read(path / f"seed-{config.seed + seed}" / "metrics.jsonl")) for seed in range(seeds)]
+            for aligner, path in of_aligner.items()
+        }
+    about = {key: table[key] for key in ("device", "versions", "config")} | {"cell": name, "seconds": round(time.monotonic() - start)}
+    about["config"] = about["config"] | {"data": Path(config.data).name}
+    return metrics.plain(about | {"runs": runs})
+
+
+def curve(records):
+    """The evaluations of a run, bytes and simulated seconds being totals until then."""
+    seen = [place for place, record in enumerate(records) if record["eval_accuracy"] is not None]
+    totals = {
+        "bytes": np.cumsum([record["bytes_down"] + record["bytes_up"] for record in records]),
+        "simulated_seconds": np.cumsum([record["simulated_seconds"] for record in records]),
+    }
+    columns = {name: [records[place][name] for place in seen] for name in EVALUATED}
+    columns |= {name: total[seen].tolist() for name, total in totals.items()}
+    short = {name: [value if value is None else float(f"{value:.5g}") for value in column] for name, column in columns.items()}
+    return {"round": [records[place]["round"] + 1 for place in seen]} | short
+
+
+def merge(path, parts):
+    """Writes results of some aligners to a file that may have others of the same cell already, on the same configuration.
+
+    Raises:
+      ValueError: if the configurations or the numbers of seeds differ.
+    """
+    found = [*([metrics.read_json(path)] if path.is_file() else []), *parts]
+    first, *others = ({**part["config"], "seeds": {len(seeds) for seeds in part["runs"].values()}} for part in found)
+    for other in others:
+        if names := [name for name in first | other if other.get(name) != first.get(name)]:
+            raise ValueError(f"{path}: has results with another {', '.join(names)}; move it away")
+    runs = {aligner: seeds for part in found for aligner, seeds in part["runs"].items()}
+    ordered = {aligner: runs[aligner] for aligner in ALIGNERS if aligner in runs}
+    about = found[-1] | {"seconds": sum(part["seconds"] for part in found), "runs": ordered}
+    metrics.write_text(path, json.dumps(about) + "\n")
+
+
+def main(description, module, plan):
+    """The command of an experiment: runs the cells that its arguments name, or all of `plan`, which has the aligners of each."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cells", nargs="*", metavar="CELL", help=f"CELL or CELL+FACTOR: {', '.join(plan)}")
+    parser.add_argument("--aligners", nargs="+", choices=list(ALIGNERS), help="in place of those planned")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / module.rpartition(".")[2])
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
+    parser.add_argument("--devices", type=int, default=0, help="GPUs over which they are spread")
+    chosen = parser.parse_args()
+    for name in chosen.cells:
+        cell, *factors = name.split("+")
+        if cell not in CELLS or not set(factors) <= set(FACTORS):
+            parser.error(f"no cell {name}; there are {', '.join(CELLS)}, and factors {', '.join(FACTORS)}")
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    tasks = [(cell, aligner) for cell in chosen.cells or plan for aligner in chosen.aligners or plan.get(cell, COMPARED)]
+    if len(tasks) == 1:
+        ((cell, aligner),) = tasks
+        merge(chosen.out / f"{cell}.json", [run(cell, aligners=[aligner], seeds=chosen.seeds)])
+    elif failed := _side_by_side(module, tasks, chosen):
+        sys.exit(f"{len(failed)} failed: {', '.join(failed)}")
+
+
+def _side_by_side(module, tasks, chosen):
+    """Runs each cell and aligner in a process of its own, and keeps its results as soon as they are there; those that failed."""
+    failed, devices = [], queue.SimpleQueue()
+    for job in range(chosen.jobs):
+        devices.put(job % max(chosen.devices, 1))
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(chosen.jobs) as pool:
+        parts = [Path(folder) / str(number) for number in range(len(tasks))]
+        running = {pool.submit(_process, module, devices, *each, chosen): each for each in zip(tasks, parts, strict=True)}
+        for future in concurrent.futures.as_completed(running):
+            task, part = running[future]
+            try:
+                future.result()
+                merge(chosen.out / f"{task[0]}.json", [metrics.read_json(part / f"{task[0]}.json")])
+            except (OSError, ValueError, subprocess.CalledProcessError) as error:
+                print(error, file=sys.stderr)
+                failed.append(" with ".join(task))
+    return failed
+
+
+def _process(module, devices, task, out, chosen):
+    """Trains one aligner on one cell, on a device of which no more than a fair number of other processes have a part."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(out.parent / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    (cell, aligner), environment, device = task, cache | os.environ, devices.get()
+    if chosen.devices:
+        share = 0.9 / -(-chosen.jobs // chosen.devices)
+        environment |= {"CUDA_VISIBLE_DEVICES": str(device), "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.2f}"}
+    words = [sys.executable, "-m", module, cell, "--aligners", aligner, "--seeds", str(chosen.seeds), "--out", str(out)]
+    try:
+        subprocess.run(words, env=environment, check=True)
+    finally:
+        devices.put(device)
