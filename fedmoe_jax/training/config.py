@@ -103,7 +103,7 @@ class TrainConfig:
     probes: int = 1
     """Experts that a client tries each round without training them."""
     router: str = "shared"
-    """shared, personal (router rows stay on the client) or statistics (rows from class counts and means)."""
+    """shared, personal (router rows stay on the client) or statistics (the global model routes by what experts were sent)."""
     router_prior: float = 0.0
     """Multiple of a client's centred fitness that its router logits get."""
     tolerance: float | None = None
