@@ -6,6 +6,7 @@ A cell is a TOML file of fields of `fedmoe train`. CELL+FACTOR is the cell with 
 import argparse
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import os
 import queue
@@ -36,6 +37,7 @@ ALIGNERS = {
     "balanced, forgetting": "experiments.alignment.aligners:balanced_forgetting",
 }
 COMPARED = ("random", "load_only", "greedy", "paper-style greedy", "balanced", "full")
+DEFAULTS = metrics.plain(dataclasses.asdict(TrainConfig()))
 EVALUATED = ("eval_accuracy", *metrics.CLIENT_ACCURACIES, "load_cv_total", "load_least_total")
 
 
@@ -62,7 +64,16 @@ def run(name, *, aligners=COMPARED, seeds=5, **changes):
         }
     about = {key: table[key] for key in ("device", "versions", "config")} | {"cell": name, "seconds": round(time.monotonic() - start)}
     about["config"] = about["config"] | {"data": Path(config.data).name}
-    return metrics.plain(about | {"runs": runs})
+    made = {"source": source(), "device": about["device"], "versions": about["versions"]}
+    return metrics.plain(about | {"made": dict.fromkeys(aligners, made), "runs": runs})
+
+
+def source():
+    """A hash of the package's source, so that results tell which state of it they are of."""
+    digest = hashlib.sha256()
+    for path in sorted((HERE.parent / "fedmoe_jax").rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def curve(records):
@@ -85,13 +96,14 @@ def merge(path, parts):
       ValueError: if the configurations or the numbers of seeds differ.
     """
     found = [*([metrics.read_json(path)] if path.is_file() else []), *parts]
-    first, *others = ({**part["config"], "seeds": {len(seeds) for seeds in part["runs"].values()}} for part in found)
+    first, *others = (DEFAULTS | part["config"] | {"seeds": {len(seeds) for seeds in part["runs"].values()}} for part in found)
     for other in others:
         if names := [name for name in first | other if other.get(name) != first.get(name)]:
             raise ValueError(f"{path}: has results with another {', '.join(names)}; move it away")
     runs = {aligner: seeds for part in found for aligner, seeds in part["runs"].items()}
     ordered = {aligner: runs[aligner] for aligner in ALIGNERS if aligner in runs}
-    about = found[-1] | {"seconds": sum(part["seconds"] for part in found), "runs": ordered}
+    made = {aligner: how for part in found for aligner, how in part.get("made", {}).items()}
+    about = found[-1] | {"seconds": sum(part["seconds"] for part in found), "made": made, "runs": ordered}
     metrics.write_text(path, json.dumps(about) + "\n")
 
 
@@ -100,10 +112,10 @@ def main(description, module, plan):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cells", nargs="*", metavar="CELL", help=f"CELL or CELL+FACTOR: {', '.join(plan)}")
     parser.add_argument("--aligners", nargs="+", choices=list(ALIGNERS), help="in place of those planned")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=_positive, default=5)
     parser.add_argument("--out", type=Path, default=HERE / "results" / module.rpartition(".")[2])
-    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
-    parser.add_argument("--devices", type=int, default=0, help="GPUs over which they are spread")
+    parser.add_argument("--jobs", type=_positive, default=1, help="processes side by side")
+    parser.add_argument("--devices", type=_positive, help="GPUs over which they are spread")
     chosen = parser.parse_args()
     for name in chosen.cells:
         cell, *factors = name.split("+")
@@ -118,22 +130,31 @@ def main(description, module, plan):
         sys.exit(f"{len(failed)} failed: {', '.join(failed)}")
 
 
+def _positive(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
 def _side_by_side(module, tasks, chosen):
     """Runs each cell and aligner in a process of its own, and keeps its results as soon as they are there; those that failed."""
     failed, devices = [], queue.SimpleQueue()
     for job in range(chosen.jobs):
-        devices.put(job % max(chosen.devices, 1))
+        devices.put(job % (chosen.devices or 1))
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(chosen.jobs) as pool:
         parts = [Path(folder) / str(number) for number in range(len(tasks))]
         running = {pool.submit(_process, module, devices, *each, chosen): each for each in zip(tasks, parts, strict=True)}
-        for future in concurrent.futures.as_completed(running):
-            task, part = running[future]
-            try:
-                future.result()
-                merge(chosen.out / f"{task[0]}.json", [metrics.read_json(part / f"{task[0]}.json")])
-            except (OSError, ValueError, subprocess.CalledProcessError) as error:
-                print(error, file=sys.stderr)
-                failed.append(" with ".join(task))
+        try:
+            for future in concurrent.futures.as_completed(running):
+                task, part = running[future]
+                try:
+                    future.result()
+                    merge(chosen.out / f"{task[0]}.json", [metrics.read_json(part / f"{task[0]}.json")])
+                except (OSError, ValueError, subprocess.CalledProcessError) as error:
+                    print(error, file=sys.stderr)
+                    failed.append(" with ".join(task))
+        finally:
+            pool.shutdown(cancel_futures=True)
     return failed
 
 

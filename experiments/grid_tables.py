@@ -1,10 +1,11 @@
 """Tables of aligners compared: all cells in short, what factors change, and what each aligner reached and took on each cell."""
 
 from experiments import outcome
-from experiments.outcome import BASE, FREE, GLOBAL, OURS, PAPER, PLAIN, PRIOR
+from experiments.outcome import BASE, FITTEST, FREE, GLOBAL, OURS, PAPER, PLAIN, PRIOR
 from fedmoe_jax.training.comparison import TARGET_SHARE
 
 SHOWN = (BASE, "load_only", PAPER, FREE, OURS)
+SERVED = (BASE, FITTEST, *SHOWN[1:])
 FINAL = {
     "global": GLOBAL,
     "clients": PLAIN,
@@ -21,7 +22,7 @@ def summary(cells):
     base = [result for result in _checked(cells) if not outcome.factors(result)]
     if not base:
         return NONE
-    head = ["cell", *SHOWN, f"{OURS} less {BASE}", "the same, global", f"rounds, {OURS} / {BASE}", f"CV, {OURS} / {FREE}"]
+    head = ["cell", *SERVED, f"{OURS} less {BASE}", "the same, global", f"rounds, {OURS} / {BASE}", f"CV, {OURS} / {FREE}"]
     return (
         f"Accuracy of clients in percent, with label prior, as are the rounds to {100 * TARGET_SHARE:.0f}% of what `{BASE}` ends "
         f"with; `{OURS}` less `{BASE}` in points on the same seeds; CV of tokens per expert. The processes of these cells took "
@@ -58,9 +59,9 @@ def _checked(cells):
 
 
 def _summary_row(result):
-    runs = result["runs"]
+    runs = outcome.served_fittest(result["runs"])
     goal = outcome.goals(runs)[PRIOR]
-    reached = [outcome.accuracy(runs[name], PRIOR) if name in runs else "–" for name in SHOWN]
+    reached = [outcome.accuracy(runs[name], PRIOR) if name in runs else "–" for name in SERVED]
     less = [outcome.gain(runs[OURS], runs[BASE], metric) for metric in (PRIOR, GLOBAL)]
     rounds = [outcome.costs(runs[name], PRIOR, goal)[0] for name in (OURS, BASE)]
     spread = [outcome.number(runs[name], "load_cv_total", interval=False) if name in runs else "–" for name in (OURS, FREE)]

@@ -96,11 +96,14 @@ def costs(seeds, metric, goal):
 
 
 def share(ours, others, cost, metric, goal):
-    """How much less of a cost `ours` needs to the target than `others`, in the mean over pairs of the same seed."""
+    """How much less of a cost `ours` needs to the target than `others`, in the mean over pairs of the same seed; – if none reaches it."""
     mine, theirs = ([_first(run, metric, goal) for run in seeds] for seeds in (ours, others))
+    reached = [found for _, found in mine + theirs]
+    if not any(reached):
+        return "–"
     pairs = zip(ours, mine, others, theirs, strict=True)
-    text = percent([100 * (a[cost][i] / b[cost][j] - 1) for a, (i, _), b, (j, _) in pairs], sign="+", digits=0, unit="%")
-    return text + (_never([reached for _, reached in mine + theirs]) if cost == "round" else "")
+    less = [100 * (a[cost][i] / b[cost][j] - 1) for a, (i, _), b, (j, _) in pairs]
+    return percent(less, sign="+", digits=0, unit="%") + _never(reached)
 
 
 def number(seeds, metric, interval=True):

@@ -120,8 +120,9 @@ class RoundCost:
     """What one round costs a client: a part for the shared parameters and a part for each expert, one of every group.
 
     Bytes are what one direction of the link carries; memory covers parameters, gradients, optimizer state and
-    activations; FLOPs are those of one example through forward and backward pass, and for solo evaluation and statistics those
-    of the forward passes of a whole round, for each expert that is tried alone. A report is what travels up with each expert.
+    activations; FLOPs are those of one example through forward and backward pass, and for solo evaluation those of the
+    forward passes of a whole round, for each expert that is tried alone. A report, with router "statistics", is what travels up beside
+    each expert; its FLOPs are those of a round and a client that holds as many experts as it may.
     """
 
     shared_bytes: Float[Array, ""]
@@ -133,6 +134,7 @@ class RoundCost:
     solo_shared_flops: Float[Array, ""]
     solo_expert_flops: Float[Array, ""]
     report_bytes: Float[Array, ""] | float = 0.0
+    report_flops: Float[Array, ""] | float = 0.0
 
 
 @pytree

@@ -47,15 +47,16 @@ class Statistics:
 
 @pytree
 class Posterior:
-    """The Gaussians of one layer as quadratic functions of a feature, before `TEMPER`."""
+    """The Gaussians of one layer as quadratic functions of a feature less the mean of all, before `TEMPER`."""
 
+    centre: Float[Array, " feature"]
     precision: Float[Array, "expert feature feature"]
     weight: Float[Array, "expert class feature"]
     bias: Float[Array, "expert class"]
 
     def logits(self, tokens: Float[Array, "token feature"]) -> Float[Array, "token expert"]:
         """TEMPER * log p(expert | token), but for a constant of each token; lowest for experts that were sent nothing."""
-        tokens, exact = tokens.astype(jnp.float32), dict[str, Any](precision="highest")
+        tokens, exact = tokens.astype(jnp.float32) - self.centre, dict[str, Any](precision="highest")
         scores = jnp.einsum("nd,ecd->nec", tokens, self.weight, **exact) + self.bias
         distance = jnp.einsum("nd,edf,nf->ne", tokens, self.precision, tokens, **exact)
         return TEMPER * (jax.nn.logsumexp(scores, axis=2) - 0.5 * distance)
@@ -153,6 +154,7 @@ def _of_layer(slots: Slots, batch: Batch, classes: int, group: int) -> Statistic
 def _posterior(layer: Statistics) -> Posterior:
     sent = layer.count > 0
     count = jnp.where(sent, layer.count, 1.0)
+    centre = layer.total.sum((0, 1)) / jnp.where(sent.any(), layer.count.sum(), 1.0)
     mean = layer.total / count[..., None]
     of_expert = jnp.where(sent.any(1), layer.count.sum(1), 1.0)[:, None, None]
     scatter = layer.second - jnp.einsum("ec,ecd,ecf->edf", layer.count, mean, mean, precision="highest")
@@ -160,8 +162,8 @@ def _posterior(layer: Statistics) -> Posterior:
     features = pooled.shape[0]
     pooled += RIDGE * jnp.maximum(jnp.trace(pooled) / features, 1e-6) * jnp.eye(features)
     covariance = SHRUNK * pooled + (1 - SHRUNK) * scatter / of_expert
-    precision = jnp.linalg.inv(covariance)
+    precision, mean = jnp.linalg.inv(covariance), mean - centre
     weight = jnp.einsum("ecd,edf->ecf", mean, precision, precision="highest")
     _, volume = jnp.linalg.slogdet(covariance)
     bias = jnp.log(count) - 0.5 * (weight * mean).sum(2) - 0.5 * volume[:, None]
-    return Posterior(precision, weight, jnp.where(sent, bias, _NEVER))
+    return Posterior(centre, precision, weight, jnp.where(sent, bias, _NEVER))

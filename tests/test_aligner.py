@@ -235,9 +235,20 @@ def test_differences_that_are_noise_are_not_followed():
     state = aligner.init(CLIENTS)
     learnt = dataclasses.replace(state.fitness, value=jnp.full((CLIENTS, EXPERTS), 0.5).at[:, 0].set(0.52))
 
-    def on_the_first(spread, scores):
-        told = dataclasses.replace(state, fitness=dataclasses.replace(learnt, spread=jnp.float32(spread), scores=jnp.float32(scores)))
-        return (aligner.align(jax.random.key(0), told, cohort)[0].held == 0).sum()
+    def on_the_first(spread, told):
+        known = dataclasses.replace(learnt, spread=jnp.float32(spread), told=jnp.int32(told))
+        return (aligner.align(jax.random.key(0), dataclasses.replace(state, fitness=known), cohort)[0].held == 0).sum()
 
-    enough = fitness.SCORES_TO_TELL
-    assert on_the_first(0.11, enough) == on_the_first(0.09, enough - 0.1) == CLIENTS > on_the_first(0.09, enough)
+    enough = fitness.ROUNDS_TO_TELL
+    assert on_the_first(0.11, enough) == on_the_first(0.09, enough - 1) == on_the_first(0.0, 0) == CLIENTS > on_the_first(0.09, enough)
+
+
+def test_a_fitness_that_tells_no_spread_is_refused():
+    plain = fitness.solo()
+    own = plain._replace(
+        init=lambda clients, experts: {"inside": plain.init(clients, experts)},
+        score=lambda state, client: plain.score(state["inside"], client),
+    )
+    aligner = alignment.balanced(num_experts=EXPERTS, max_slots=1, fitness=own, least_spread=0.1)
+    with pytest.raises(ValueError, match=r"least_spread is 0\.1, but the state of this fitness tells no spread"):
+        aligner.align(jax.random.key(0), aligner.init(CLIENTS), Cohort(jnp.arange(2), jnp.ones(2, bool), jnp.ones(2, int)))

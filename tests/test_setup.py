@@ -65,7 +65,15 @@ def test_the_shared_part_may_have_a_server_optimizer_of_its_own():
     assert steps(shared_optimizer="fedadam", shared_lr=0.01) == pytest.approx([-0.5, adam])
     assert steps(shared_optimizer="fedadam") == pytest.approx([-0.5, 50 * adam])
     assert steps(shared_optimizer="sgd", server_optimizer="fedadam") == pytest.approx([50 * adam, -0.5])
-    assert steps(shared_lr=0.01) == pytest.approx([-0.5, -0.5])
+    with pytest.raises(ValueError, match=r"shared_lr: 0\.01 is for shared_optimizer, which is not given"):
+        steps(shared_lr=0.01)
+
+
+def test_statistics_leave_solo_evaluation_as_it_is():
+    shared, counted = (setup.build(dataclasses.replace(CONFIG, router=router)) for router in ("shared", "statistics"))
+    assert shared.solo_examples == counted.solo_examples > 1
+    one, other = shared.cost(), counted.cost()
+    assert one.solo_shared_flops == other.solo_shared_flops and one.report_flops == 0 < other.report_flops
 
 
 @pytest.mark.parametrize("aligner", ALIGNERS)

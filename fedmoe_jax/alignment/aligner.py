@@ -108,21 +108,24 @@ def balanced(
             raise ValueError(f"{name} is {value}, it must be 0 or more")
     monitor = load_stage.monitor() if load is None else load
 
-    def within_bounds(key, state, cohort, score):
-        lower, upper = monitor.bounds(state.load, cohort.slots, load_stage.wanted(score, cohort.slots))
+    def within_bounds(key, state, cohort, score, wanted):
+        lower, upper = monitor.bounds(state.load, cohort.slots, wanted)
         mask, info = assign.balanced(score, cohort.slots, lower, upper, key=key, prices=state.prices, return_info=True)
         return mask, info.prices
 
-    def with_deficits(key, state, cohort, score):
+    def with_deficits(key, state, cohort, score, wanted):
         behind = monitor.deficit(state.load) * num_experts / jnp.maximum(cohort.slots.sum(), 1)
         return assign.greedy(score + deficit_weight * behind, cohort.slots, key=client_keys(key, cohort.client)), state.prices
 
     def choose(key, state, cohort, score):
+        wanted = load_stage.wanted(score, cohort.slots)
         if least_spread:
+            if not isinstance(state.fitness, fitness_stage.FitnessState):
+                raise ValueError(f"least_spread is {least_spread}, but the state of this fitness tells no spread: leave it at 0")
             score = jnp.where(state.fitness.differs(least_spread), score, 0.0)
         if download_price and cohort.cached is not None:
             score = score + download_price * cohort.cached
-        return (within_bounds if objective == "fitness" else with_deficits)(key, state, cohort, score)
+        return (within_bounds if objective == "fitness" else with_deficits)(key, state, cohort, score, wanted)
 
     return _aligner(choose, num_experts, max_slots, groups, fitness, monitor, probing=True)
 

@@ -20,8 +20,9 @@ def seconds(
 ) -> Float[Array, " client"]:
     """How long each client's round takes by its profile: download, then local training, then upload.
 
-    The client downloads the shared part and `slots + probes` experts, scores each of them alone where that is part of
-    `cost`, trains the shared part and `slots` experts on `examples` examples, and uploads the shared part and `slots` experts.
+    The client downloads the shared part and `slots + probes` experts, scores each of them alone and sees what it sends to them
+    where that is part of `cost`, trains the shared part and `slots` experts on `examples` examples, and uploads the shared part and
+    `slots` experts with their reports.
 
     Args:
       profile: what each client can afford.
@@ -36,7 +37,7 @@ def seconds(
     flops = cost.shared_flops + slots * cost.expert_flops
     if examples is not None:
         flops = flops * examples
-    flops = flops + jnp.where(slots > 0, cost.solo_shared_flops + tried * cost.solo_expert_flops, 0)
+    flops = flops + jnp.where(slots > 0, cost.report_flops + cost.solo_shared_flops + tried * cost.solo_expert_flops, 0)
     download = (cost.shared_bytes + downloads * cost.expert_bytes) / profile.downlink_bytes_per_second
     upload = (cost.shared_bytes + slots * (cost.expert_bytes + cost.report_bytes)) / profile.uplink_bytes_per_second
     return download + flops / profile.flops_per_second + upload

@@ -17,8 +17,8 @@ from fedmoe_jax.base import NO_EXPERT, Alignment, Cohort, Feedback, Fitness, pyt
 
 SPREAD_RATE = 0.1
 """Weight of a round in the moving average of the spread."""
-SCORES_TO_TELL = 4
-"""Scores that a pair must have had, in the mean, before the spread is believed: experts that are to differ start alike."""
+ROUNDS_TO_TELL = 50
+"""Rounds before the spread is believed: experts that are to differ start alike."""
 
 
 @pytree
@@ -27,8 +27,8 @@ class FitnessState:
 
     `count` is how often each pair was scored; it has no columns when exploration is off. `seen` is the round up to
     which a client's row is decayed, `round` the number of updates so far. `spread` is how much the scores of experts differ that a
-    client tried in the same round, on the same examples: their standard deviation over their mean, a moving average. `scores` is how
-    often a pair was scored, in the mean.
+    client tried in the same round: their standard deviation over their mean, a moving average from 0 over the `told` rounds in which
+    some client tried several. By solo evaluation they are scored on the same examples.
     """
 
     value: Float[Array, "population expert"]
@@ -36,11 +36,12 @@ class FitnessState:
     seen: Int[Array, " population"]
     round: Int[Array, ""]
     spread: Float[Array, ""]
-    scores: Float[Array, ""]
+    told: Int[Array, ""]
 
     def differs(self, least_spread: float) -> Bool[Array, ""]:
         """Whether experts differ by at least so much to clients, or it is too early to tell."""
-        return (self.spread >= least_spread) | (self.scores < SCORES_TO_TELL)
+        spread = self.spread / (1 - (1 - SPREAD_RATE) ** jnp.maximum(self.told, 1))
+        return (spread >= least_spread) | (self.told < ROUNDS_TO_TELL)
 
 
 def solo(
@@ -118,7 +119,7 @@ def _moving_average(pairs, *, beta: float, prior: float, exploration: float, for
             seen=jnp.zeros(num_clients, jnp.int32),
             round=jnp.zeros((), jnp.int32),
             spread=jnp.zeros(()),
-            scores=jnp.zeros(()),
+            told=jnp.zeros((), jnp.int32),
         )
 
     def rows(state: FitnessState, client: Int[Array, " client"]):
@@ -137,14 +138,15 @@ def _moving_average(pairs, *, beta: float, prior: float, exploration: float, for
         scored, new = _to_experts(value.shape[1], *pairs(alignment, feedback))
         value = jnp.where(scored, (1.0 - beta) * value + beta * new, prior + (value - prior) * (1.0 - forget))
         count = jnp.where(scored, count + 1.0, count * (1.0 - forget)) if counted else count
+        tried = scored & cohort.present[:, None]
         row = jnp.where(cohort.present, cohort.client, state.seen.shape[0])  # absent rows fall off the end
         return FitnessState(
             value=state.value.at[row].set(value, mode="drop"),
             count=state.count.at[row].set(count, mode="drop"),
             seen=state.seen.at[row].set(state.round + 1, mode="drop"),
             round=state.round + 1,
-            spread=_spread(state.spread, new, scored & cohort.present[:, None]),
-            scores=state.scores + (scored & cohort.present[:, None]).sum() / state.value.size,
+            spread=_spread(state.spread, new, tried),
+            told=state.told + (tried.sum(axis=1) > 1).any(),
         )
 
     return Fitness(init, score, update, probes)

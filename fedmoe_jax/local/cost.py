@@ -124,13 +124,13 @@ def round_cost(
     travels = (1 + control_variates) * shared_bytes, sum(each)
     memory = copies * shared_bytes + max(activations(2) - 2 * kept, 0), copies * tree_bytes(one) + kept
     alone = _shared_and_each(solo, max_slots if num_groups > 1 else 1)
-    report, reports = 0, 0.0
+    report = 0.0, 0
     if statistics_batch is not None:
         slots = num_groups * max_slots
         seen = functools.partial(posterior.observe, parts)
-        report = count_flops(seen, held(max_slots), parts.shared, statistics_batch, jnp.ones(slots, bool), jnp.zeros(slots))
-        reports = sum(posterior.report_bytes(posterior.start(parts, statistics_batch), num_groups))
-    numbers = (*travels, *memory, *_shared_and_each(flops), alone[0] + report, alone[1], reports)
+        flops_seen = count_flops(seen, held(max_slots), parts.shared, statistics_batch, jnp.ones(slots, bool), jnp.zeros(slots))
+        report = sum(posterior.report_bytes(posterior.start(parts, statistics_batch), num_groups)), flops_seen
+    numbers = (*travels, *memory, *_shared_and_each(flops), *alone, *report)
     return RoundCost(*(jnp.float32(number) for number in numbers))
 
 

@@ -62,7 +62,7 @@ def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], di
     """evaluate(state) -> `metrics.CLIENT_ACCURACIES` over clients that have test examples, `chunk` of them at once.
 
     Label priors (`clients.label_prior`) are added to the logits. Fittest experts, of those that the aligner may give a client, are
-    left out where it learns no fitness that we can read, or where all are held anyway.
+    left out where an aligner of one's own may score otherwise, or where all are held anyway.
     """
     everyone, cost = evaluated(setup.population.num_clients), setup.cost()
 
@@ -97,7 +97,7 @@ def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], di
         if not each.size:
             return {}
         values = (float(value) for column in each.T for value in (column.mean(), np.quantile(column, 0.1)))
-        return dict(zip(metrics.CLIENT_ACCURACIES, values, strict=False))
+        return dict(zip(metrics.CLIENT_ACCURACIES[: 2 * each.shape[1]], values, strict=True))
 
     return run
 
@@ -106,7 +106,7 @@ def fittest(setup: Setup, state: State) -> tuple[Aligner, ...]:
     """An aligner that gives each client its fittest experts by what the one of the run has learnt; empty where there is none."""
     aligner = setup.aligner
     learnt = isinstance(state.aligner, AlignerState) and isinstance(state.aligner.fitness, FitnessState)
-    if not learnt or aligner.num_experts is None or aligner.max_slots == aligner.num_experts:
+    if not learnt or ":" in setup.config.aligner or aligner.num_experts is None or aligner.max_slots == aligner.num_experts:
         return ()
     sizes: dict[str, Any] = dict(num_experts=aligner.num_experts, max_slots=aligner.max_slots, groups=aligner.groups)
     return (alignment.greedy(**sizes, fitness=setup.fitness),)

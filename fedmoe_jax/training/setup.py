@@ -248,6 +248,8 @@ def server_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         return optimizer(name, schedule(config.server_schedule, rate, config.rounds))
 
     if config.shared_optimizer is None:
+        if config.shared_lr is not None:
+            raise ValueError(f"shared_lr: {config.shared_lr} is for shared_optimizer, which is not given")
         return made(config.server_optimizer, config.server_lr)
     shared = made(config.shared_optimizer, config.server_lr if config.shared_lr is None else config.shared_lr)
     both = {"experts": made(config.server_optimizer, config.server_lr), "shared": shared}

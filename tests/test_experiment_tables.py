@@ -1,12 +1,6 @@
-"""The grid of experiments, in small, and the tables and figure that are made of it."""
+"""The tables and the figure that are made of results of the experiments."""
 
-import collections
-import dataclasses
-import json
-import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +8,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
-from experiments import ablation_tables, figures, grid, grid_tables, outcome, tables  # noqa: E402
-from experiments.ablations.__main__ import PLAN as ABLATIONS  # noqa: E402
-from experiments.alignment.__main__ import PLAN  # noqa: E402
-from fedmoe_jax.training.config import validate  # noqa: E402
+from experiments import ablation_tables, figures, grid_tables, outcome, tables  # noqa: E402
 
 ABOUT = dict(
     config=dict(
@@ -26,90 +17,6 @@ ABOUT = dict(
     ),
     device="1 x cpu", versions={"jax": "1"}, seconds=60,
 )  # fmt: skip
-
-
-@pytest.mark.parametrize("name", dict.fromkeys([*PLAN, *ABLATIONS, *(f"fashion_iid+{factor}" for factor in grid.FACTORS)]))
-def test_every_cell_and_factor_is_a_valid_configuration(name):
-    validate(grid.configuration(name))
-
-
-def test_factors_change_a_cell_one_after_the_other_and_changes_come_last(monkeypatch, tmp_path):
-    (tmp_path / "narrow.toml").write_text("experts = 4\nslots = 1\n[model_options]\nhidden = 3\n")
-    monkeypatch.setitem(grid.FACTORS, "narrow", tmp_path / "narrow.toml")
-    cell, changed = grid.configuration("fashion_both"), grid.configuration("fashion_both+32_experts+narrow", slots=3)
-    assert grid.configuration("fashion_both+32_experts").experts == 32
-    assert (changed.experts, changed.slots, changed.shift, changed.rounds) == (4, 3, cell.shift, cell.rounds)
-    assert changed.model_options == cell.model_options | {"hidden": 3} and cell.model_options["hidden"] != 3
-
-
-def test_a_small_cell_gives_a_table(monkeypatch, tmp_path):
-    monkeypatch.chdir(REPOSITORY)
-    draw = np.random.default_rng(0)
-    np.savez(tmp_path / "some.npz", x=draw.normal(size=(400, 6, 6, 1)), y=np.arange(400) % 10)
-    small = dict(
-        data=str(tmp_path / "some.npz"), population=16, cohort=8, rounds=4, eval_every=2, local_steps=1, model_options={"hidden": 16}
-    )
-    found = grid.run("fashion_both", aligners=("paper-style greedy",), seeds=2, **small)
-    ((name, seeds),) = found["runs"].items()
-    assert name == "paper-style greedy" and len(seeds) == 2 and found["cell"] == "fashion_both"
-    for run in seeds:
-        assert run["round"] == [2, 4] and run["bytes"][1] > run["bytes"][0] and len(run["client_accuracy_fittest_prior_mean"]) == 2
-    assert found["config"]["data"] == "some.npz"
-    text = rendered([found | {"runs": {outcome.BASE: seeds, name: seeds, outcome.OURS: seeds}}])
-    assert text.count("| paper-style greedy |") == 4 and "± " in text and "fashion_both" in text and text.count(outcome.FITTEST) == 3
-
-
-def result_of(*aligners, seeds=1, **config):
-    """What `grid.run` gives, of runs that are their aligner's name."""
-    return ABOUT | {"cell": "fashion_iid", "config": {"rounds": 3} | config, "runs": {name: [name] * seeds for name in aligners}}
-
-
-def test_merged_results_keep_those_of_other_aligners(tmp_path):
-    path = tmp_path / "fashion_iid.json"
-    for new in (result_of("balanced"), result_of("random"), result_of("random") | {"runs": {"random": ["again"]}}):
-        grid.merge(path, [new])
-    merged = json.loads(path.read_text())
-    assert list(merged["runs"].items()) == [("random", ["again"]), ("balanced", ["balanced"])] and merged["seconds"] == 180
-    for other, name in (
-        (result_of("greedy", rounds=4), "rounds"),
-        (result_of("greedy", slots=1), "slots"),
-        (result_of("greedy", seeds=2), "seeds"),
-    ):
-        with pytest.raises(ValueError, match=f"another {name};"):
-            grid.merge(path, [other])
-    assert json.loads(path.read_text()) == merged
-
-
-@pytest.mark.parametrize("devices", [0, 2])
-def test_tasks_that_fail_are_named_and_the_others_kept(monkeypatch, tmp_path, devices, capsys):
-    running, most, lock = collections.Counter(), collections.Counter(), threading.Lock()
-
-    def train(words, *, env, check):
-        cell, aligner = words[3], words[5]
-        with lock:
-            running[env.get("CUDA_VISIBLE_DEVICES")] += 1
-            most.update({device: running[device] - most[device] for device in running if running[device] > most[device]})
-        time.sleep(0.03 if aligner == "random" else 0.01)
-        with lock:
-            running[env.get("CUDA_VISIBLE_DEVICES")] -= 1
-        if aligner == "greedy":
-            raise subprocess.CalledProcessError(1, words)
-        out = Path(words[-1])
-        out.mkdir()
-        (out / f"{cell}.json").write_text(json.dumps(result_of(aligner, cell=cell)))
-
-    monkeypatch.setattr(grid.subprocess, "run", train)
-    (tmp_path / "fashion_both.json").write_text(json.dumps(result_of("full", rounds=7)))
-    words = ["fashion_iid", "fashion_both", "fashion_iid+phones", "--aligners", "random", "greedy", "balanced", "--jobs", "3"]
-    monkeypatch.setattr(sys, "argv", ["grid", *words, "--devices", str(devices), "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="5 failed") as stop:
-        grid.main("what it is", "experiments.alignment", PLAN)
-    others = {f"fashion_both with {aligner}" for aligner in ("random", "balanced")}
-    named = {f"{cell} with greedy" for cell in ("fashion_iid", "fashion_both", "fashion_iid+phones")} | others
-    assert set(str(stop.value).partition(": ")[2].split(", ")) == named and "another rounds" in capsys.readouterr().err
-    kept = {path.stem: list(json.loads(path.read_text())["runs"]) for path in tmp_path.glob("*.json")}
-    assert kept == {"fashion_iid": ["random", "balanced"], "fashion_both": ["full"], "fashion_iid+phones": ["random", "balanced"]}
-    assert all(number <= (2 if devices else 3) for number in most.values()) and (not devices or set(most) == {"0", "1"})
 
 
 def run_of(accuracy, fittest=None):
@@ -185,7 +92,13 @@ def test_differences_are_paired():
     assert [against[outcome.FITTEST][name].split()[0] for name in ("global", "clients")] == ["+5.0", "-15.0"]
     # seed by seed in 4 and 2 rounds, those of random in 8 and 8, those of greedy in 8, which do not reach it, and 4
     assert [random[name] for name in ("rounds", "MB", "rounds, prior")] == [f"-62% ± {half(50, 75):.0f}"] * 3
-    assert greedy["rounds"] == "-50% ± 0, 1 of 4 never" and greedy["MB"] == "-50% ± 0"
+    assert [greedy[name] for name in ("rounds", "MB", "rounds, prior")] == ["-50% ± 0, 1 of 4 never"] * 3
+
+
+def test_no_difference_of_costs_is_told_where_no_run_reaches_the_target():
+    low = [run_of([0.1] * 4)] * 2
+    assert outcome.share(low, low, "round", outcome.PLAIN, 0.5) == outcome.share(low, low, "bytes", outcome.PLAIN, 0.5) == "–"
+    assert outcome.share(low, RUNS["full"], "round", outcome.PLAIN, 0.5) == "+300% ± 0, 2 of 4 never"
 
 
 def test_the_summary_has_a_row_for_each_cell_and_factors_follow_theirs():
@@ -194,9 +107,10 @@ def test_the_summary_has_a_row_for_each_cell_and_factors_follow_theirs():
     last = some | {"cell": "text", "config": ABOUT["config"] | {"data": "shakespeare.npz", "split": "natural", "shift": "none"}}
     text = rendered([last, *cells])
     summary = rows_of(text)["cell"]
-    assert list(summary) == ["Fashion-MNIST, feature shift", "Shakespeare, natural clients"] and len(summary.popitem()[1]) == 9
+    assert list(summary) == ["Fashion-MNIST, feature shift", "Shakespeare, natural clients"] and len(summary.popitem()[1]) == 10
     row = summary["Fashion-MNIST, feature shift"]
-    assert row["random"] == "37.5 ± 0.0" and row["load_only"] == "–" and row["rounds, balanced / random"] == "3 / 8"
+    assert row["random"] == "37.5 ± 0.0" and row[outcome.FITTEST] == f"56.2 ± {half(75, 37.5):.1f}"
+    assert row["load_only"] == "–" and row["rounds, balanced / random"] == "3 / 8"
     assert row["balanced less random"].startswith("+7.5 ±") and row["the same, global"].startswith("+5.0 ±")
     assert row["CV, balanced / greedy"] == "0.060 / 0.050" and "took 2 minutes in all" in text
     assert text.index("(`some`)") < text.index("### With `phones` (`some+phones`)") < text.index("(`text`)")
@@ -332,12 +246,3 @@ def test_the_tables_are_those_of_the_results():
         links = [link.partition(")")[0].partition("#")[0] for link in text.split("](")[1:]]
         assert links and all((path.parent / link).is_file() for link in links if link)
     assert "](results/alignment/curves.png)" in (REPOSITORY / "experiments" / "README.md").read_text()
-
-
-def test_results_are_of_what_the_configurations_say():
-    for folder in ("alignment", "ablations"):
-        for name, result in outcome.read(folder).items():
-            config = dataclasses.asdict(grid.configuration(name))
-            config["data"] = Path(config["data"]).name
-            assert {key: config[key] for key in result["config"]} == result["config"], f"{folder}: {name}"
-            assert (outcome.RESULTS / folder / f"{name}.json").is_file()
