@@ -3,7 +3,8 @@
 Rows that clients trained apart tell which of the experts that a client holds suits a token best; averaged they are no router of all
 experts. So each client also returns, for every expert that it holds, how many of its tokens of each class went there, the sum of their
 features, and the second moments of all of these. With decayed sums of them the server has a Gaussian for each expert and class, those
-of an expert of one covariance, and a token x goes to every expert, by its posterior probability to the power `TEMPER`:
+of an expert of one covariance, and a token, of features x less the mean of all, goes to every expert, by its posterior probability to
+the power `TEMPER`:
 
   log p(expert | x) = logsumexp over classes of (x W[expert, class] + b[expert, class]) - x P[expert] x / 2 + constant.
 

@@ -31,7 +31,7 @@ from small_round import (
     population,
     weights,
 )
-from test_round import same
+from test_round import close, same
 
 from fedmoe_jax import NO_EXPERT, nn, partition, posterior, sampling
 from fedmoe_jax.alignment import capacity
@@ -254,13 +254,15 @@ def test_the_server_keeps_decayed_sums_of_what_clients_saw(counted):
 
 
 def test_clients_train_as_with_a_shared_router(counted, plain):
+    """To the rounding of two programs."""
     (_, states, infos), (_, expected, told) = counted, plain
     for state, other in zip(states, expected, strict=True):
-        same(weights(state), weights(other))
-        same((state.aligner, state.tokens), (other.aligner, other.tokens))
+        close(weights(state), weights(other), atol=2e-7)
+        close(state.aligner, other.aligner, atol=2e-7)
+        same(state.tokens, other.tokens)
         assert other.statistics is None
     assert distance(weights(states[-1]), weights(states[0])) > 0.01
-    assert [float(info.train_loss) for info in infos] == [float(info.train_loss) for info in told]
+    close([info.train_loss for info in infos], [info.train_loss for info in told], atol=2e-7)
     assert sum(int(info.rejected_updates) for info in infos) > 0
 
 
