@@ -245,7 +245,7 @@ def text(path):
 def test_every_model_trains(model, tmp_path):
     options = {"resnet": dict(widths=[8, 8]), "transformer": dict(layers=2, features=16, heads=2, expert_hidden=16, token_capacity=2.0)}
     small = dict(model=model, model_options=options[model], experts=4, cohort=3, rounds=4, eval_every=4, shared_experts=1, top_k=2)
-    small |= dict(aligner="greedy", fitness="accuracy")
+    small |= dict(aligner="greedy", fitness="accuracy", augment=model == "resnet")
     if model == "transformer":
         small |= dict(data=text(tmp_path / "text.npz"), split="natural", client_lr=0.5)
     run = trainer.Run(setup.build(TrainConfig(**small)))
@@ -261,6 +261,8 @@ def test_a_model_that_does_not_fit_the_data_is_refused(tmp_path):
     file = text(tmp_path / "text.npz")
     with pytest.raises(ValueError, match="model: mlp does not fit data"):
         trainer.train(TrainConfig(data=file, split="natural", cohort=3), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"augment: .*text.npz has examples of shape \(\d+,\), only images can be"):
+        setup.build(TrainConfig(data=file, split="natural", cohort=3, model="transformer", augment=True))
     with pytest.raises(ValueError, match=r"cohort: must be at most the number of clients \(3\), got 4"):
         setup.build(TrainConfig(data=file, split="natural", cohort=4, model="transformer"))
     with pytest.raises(ValueError, match="eval_every: must be at least 1"):

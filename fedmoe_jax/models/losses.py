@@ -1,12 +1,13 @@
 """Loss functions of the form loss_fn(model, batch, key) -> (loss[example], metrics[example])."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Shaped
 
-from fedmoe_jax.base import Batch
+from fedmoe_jax.base import Batch, LossFn
 
 IGNORE = -1
 """A label that counts neither for the loss nor for the accuracy, such as padding of a text."""
@@ -34,3 +35,36 @@ def cross_entropy(model: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Float[
         return values.sum(1) / jnp.maximum(weight.sum(1), 1)
 
     return mean(loss), {"correct": mean((logits.argmax(-1) == y).astype(jnp.float32))}
+
+
+def augmented(loss_fn: LossFn) -> LossFn:
+    """A loss of images that are changed at random [1], see `augment`; for training, evaluation should see them as they are.
+
+    References:
+      [1] He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+    """
+
+    def loss(model: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, " example"], dict[str, Array]]:
+        return loss_fn(model, dataclasses.replace(batch, x=augment(jax.random.fold_in(key, 0), batch.x)), jax.random.fold_in(key, 1))
+
+    return loss
+
+
+def augment(key: Key[Array, ""], x: Shaped[Array, "example *shape"]) -> Shaped[Array, "example *shape"]:
+    """Images [example, height, width] or [..., channel], each mirrored with a chance of a half and shifted by up to an eighth of height and width, zeros coming in.
+
+    Raises:
+      ValueError: if `x` are no images.
+    """
+    if x.ndim not in (3, 4):
+        raise ValueError(f"x has shape {x.shape}, only images [example, height, width] with or without channels can be augmented")
+    margin = x.shape[1] // 8, x.shape[2] // 8
+    padded = jnp.pad(x, ((0, 0), *((m, m) for m in margin), *((0, 0),) * (x.ndim - 3)))
+    mirror, *shift = jax.random.split(key, 3)
+    starts = [jax.random.randint(k, (len(x),), 0, 2 * m + 1) for k, m in zip(shift, margin, strict=True)]
+
+    def one(image, mirrored, *start):
+        image = jax.lax.dynamic_slice(image, (*start, *(0,) * (x.ndim - 3)), x.shape[1:])
+        return jnp.where(mirrored, image[:, ::-1], image)
+
+    return jax.vmap(one)(padded, jax.random.bernoulli(mirror, shape=(len(x),)), *starts)

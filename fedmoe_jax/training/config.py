@@ -46,6 +46,8 @@ class TrainConfig:
     """Clients fall into domains whose images look different (features), whose labels mean others (concepts), or both; or none."""
     domains: int = 8
     """Domains of the shift, at least 2, and at most 8 where images change."""
+    augment: bool = False
+    """Clients train on images mirrored and shifted at random."""
     population: int | None = None
     """Number of all clients; 100 if not given, or every natural client."""
     cohort: int = 20

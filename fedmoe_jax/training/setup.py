@@ -59,8 +59,9 @@ class Setup:
         """The round, with `chunk` clients trained side by side."""
         config = self.config
         conditions = varying(availability=config.availability, speed_bias=config.speed_bias, speed_jitter=config.speed_jitter)
+        loss_fn = models.losses.augmented(self.loss_fn) if config.augment else self.loss_fn
         return federated_moe(
-            self.model, self.loss_fn, client_optimizer=client_optimizer(config), server_optimizer=server_optimizer(config),
+            self.model, loss_fn, client_optimizer=client_optimizer(config), server_optimizer=server_optimizer(config),
             aligner=self.aligner, cohort_size=config.cohort, batch_size=config.batch_size, local_steps=config.local_steps,
             local_epochs=None if config.local_steps is not None else config.local_epochs, prox=config.prox, router=config.router,
             router_prior=config.router_prior, deadline=config.deadline, chunk_size=chunk, conditions=conditions,
@@ -171,6 +172,8 @@ def variant(setup: Setup, config: TrainConfig) -> Setup:
 
 
 def _assemble(config, population, holdout, test, labels):
+    if config.augment and population.x.ndim not in (3, 4):
+        raise ValueError(f"augment: {config.data} has examples of shape {population.x.shape[1:]}, only images can be mirrored and shifted")
     options: dict[str, Any] = dict(config.model_options)
     if taken := sorted(set(options) & {"input_shape", "num_classes", "num_experts", "top_k", "seed", "dtype", "per_layer"}):
         raise ValueError(f"model_options: {', '.join(taken)} cannot be set there, it follows from the data or has a field of its own")
