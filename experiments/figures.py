@@ -33,8 +33,9 @@ def curves(panels, path):
     figure = Figure(figsize=(4 * COLUMNS, 3.3 * rows), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     places = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
+    styles = list(dict.fromkeys(aligner for _, runs, _ in panels for aligner in runs))
     for axes, each in zip(places, drawn, strict=False):
-        _panel(axes, *each)
+        _panel(axes, styles, *each)
     for axes in places[len(drawn) :]:
         axes.set_axis_off()
     about = "mean and 95% interval of seeds,\nfrom a fifth of the rounds on"
@@ -45,11 +46,13 @@ def curves(panels, path):
     metrics.write_bytes(path, lambda file: figure.savefig(file, format="png"))
 
 
-def _panel(axes, name, runs, metric, goal):
+def _panel(axes, styles, name, runs, metric, goal):
+    """One cell; an aligner looks the same in all panels, also where others are missing."""
     later = [100 * np.array(run[metric])[np.array(run["round"]) >= LATER * run["round"][-1]] for seeds in runs.values() for run in seeds]
     low, high = np.min(later), np.max(later)
     axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    for place, (aligner, seeds) in enumerate(runs.items()):
+    for aligner, seeds in runs.items():
+        place = styles.index(aligner)
         values = 100 * np.array([run[metric] for run in seeds])
         mean, half = np.array([[number or 0 for number in mean_interval(column)] for column in values.T.tolist()]).T
         rounds, style = seeds[0]["round"], place % len(COLORS)

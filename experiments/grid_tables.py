@@ -53,17 +53,22 @@ def details(cells):
 
 def _checked(cells):
     for name, result in cells.items():
-        if not {OURS, BASE} <= set(result["runs"]) or len({len(seeds) for seeds in result["runs"].values()}) > 1:
-            raise ValueError(f"{name}: {OURS} and {BASE} are needed, and as many seeds of each aligner")
+        if BASE not in result["runs"] or len({len(seeds) for seeds in result["runs"].values()}) > 1:
+            raise ValueError(f"{name}: {BASE} is needed, and as many seeds of each aligner")
     return outcome.ordered(cells.values())
+
+
+def _less(runs, others, metric):
+    """Points by which ours is above others, – where either was not run."""
+    return outcome.gain(runs[OURS], runs[others], metric) if {OURS, others} <= set(runs) else "–"
 
 
 def _summary_row(result):
     runs = outcome.served_fittest(result["runs"])
     goal = outcome.goals(runs)[PRIOR]
     reached = [outcome.accuracy(runs[name], PRIOR) if name in runs else "–" for name in SERVED]
-    less = [outcome.gain(runs[OURS], runs[BASE], metric) for metric in (PRIOR, GLOBAL)]
-    rounds = [outcome.costs(runs[name], PRIOR, goal)[0] for name in (OURS, BASE)]
+    less = [_less(runs, BASE, metric) for metric in (PRIOR, GLOBAL)]
+    rounds = [outcome.costs(runs[name], PRIOR, goal)[0] if name in runs else "–" for name in (OURS, BASE)]
     spread = [outcome.number(runs[name], "load_cv_total", interval=False) if name in runs else "–" for name in (OURS, FREE)]
     return [outcome.title(result["config"]), *reached, *less, " / ".join(rounds), " / ".join(spread)]
 
@@ -75,7 +80,7 @@ def _factors_row(result):
         for name in SHOWN
     ]
     pairs = ((BASE, PLAIN), (BASE, PRIOR), (BASE, GLOBAL), (PAPER, PRIOR))
-    less = [outcome.gain(runs[OURS], runs[name], metric) if name in runs else "–" for name, metric in pairs]
+    less = [_less(runs, name, metric) for name, metric in pairs]
     first = ", ".join(f"`{name}`" for name in names) if names else f"**{outcome.title(result['config'])}**"
     return [first, *both, *less]
 
@@ -85,7 +90,7 @@ def _cell(result):
     heading = f"### With {', '.join(f'`{name}`' for name in names)} (`{result['cell']}`)"
     if not names:
         heading = f"## {outcome.title(result['config'])} (`{result['cell']}`)"
-    parts = [heading, _about(result), _reached(rows), *([] if names else [_taken(rows)]), _against(rows)]
+    parts = [heading, _about(result), _reached(rows), *([] if names else [_taken(rows)]), *([_against(rows)] if OURS in rows else [])]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
@@ -126,7 +131,7 @@ def _against(rows):
     body = [
         [
             name,
-            *(outcome.gain(rows[OURS], seeds, metric) for metric in FINAL.values()),
+            *(_less(rows, name, metric) for metric in FINAL.values()),
             *(outcome.share(rows[OURS], seeds, cost, metric, goals[metric]) for cost, metric in shares),
         ]
         for name, seeds in rows.items()

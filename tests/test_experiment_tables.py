@@ -117,21 +117,32 @@ def test_the_summary_has_a_row_for_each_cell_and_factors_follow_theirs():
     assert text.count("taken to the target") == 2 and text.count("| balanced less |") == 3
 
 
-@pytest.mark.parametrize("runs", [{"random": RUNS["random"]}, RUNS | {"greedy": RUNS["greedy"][:1]}])
+@pytest.mark.parametrize("runs", [{"balanced": RUNS["balanced"]}, RUNS | {"greedy": RUNS["greedy"][:1]}])
 def test_cells_that_cannot_be_compared_are_named(runs):
-    with pytest.raises(ValueError, match="some: balanced and random"):
+    with pytest.raises(ValueError, match="some: random is needed"):
         rendered([ABOUT | {"cell": "some", "runs": runs}])
 
 
 def test_the_figure_has_a_panel_for_each_cell_and_another_where_the_prior_matters(monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr(figures, "_panel", lambda axes, name, runs, metric, goal: drawn.append((name, metric)))
-    panels = [("a", RUNS, {outcome.PLAIN: 0.5, outcome.PRIOR: 0.505}), ("b", RUNS, {outcome.PLAIN: 0.5, outcome.PRIOR: 0.6})]
+    monkeypatch.setattr(figures, "_panel", lambda axes, styles, name, runs, metric, goal: drawn.append((name, metric, *styles)))
+    some = {name: seeds for name, seeds in RUNS.items() if name != "balanced"}  # the others look as they do beside it
+    panels = [("a", RUNS, {outcome.PLAIN: 0.5, outcome.PRIOR: 0.505}), ("b", some, {outcome.PLAIN: 0.5, outcome.PRIOR: 0.6})]
     figures.curves(panels, tmp_path / "curves.png")
-    assert drawn == [("a", outcome.PLAIN), ("b", outcome.PLAIN), ("b, with label prior", outcome.PRIOR)]
+    assert drawn == [
+        (name, metric, *RUNS) for name, metric in (("a", outcome.PLAIN), ("b", outcome.PLAIN), ("b, with label prior", outcome.PRIOR))
+    ]
     monkeypatch.undo()
     figures.curves(panels[:1], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_cell_without_ours_has_dashes_in_its_place():
+    text = rendered([ABOUT | {"cell": "some", "runs": {name: seeds for name, seeds in RUNS.items() if name != "balanced"}}])
+    rows = rows_of(text)
+    (row,) = rows["cell"].values()
+    assert [row[name] for name in ("balanced", "balanced less random", "the same, global")] == ["–"] * 3
+    assert row["rounds, balanced / random"].startswith("– / ") and "balanced less" not in rows
 
 
 def test_each_cell_stands_before_its_factors_in_the_table_of_factors():
