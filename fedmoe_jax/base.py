@@ -119,10 +119,10 @@ class ClientProfile:
 class RoundCost:
     """What one round costs a client: a part for the shared parameters and a part for each expert, one of every group.
 
-    Bytes are what one direction of the link carries; memory covers parameters, gradients, optimizer state and
-    activations; FLOPs are those of one example through forward and backward pass, and for solo evaluation those of the
-    forward passes of a whole round, for each expert that is tried alone. A report, with router "statistics", is what travels up beside
-    each expert; its FLOPs are those of a round and a client that holds as many experts as it may.
+    Bytes are what comes down the link, and goes up where that is not told apart; memory covers parameters, gradients, optimizer state
+    and activations; FLOPs are those of one example through forward and backward pass, and for solo evaluation those of the forward
+    passes of a whole round, for each expert that is tried alone. A report, with router "statistics", is what travels up beside each
+    expert; its FLOPs are those of a round and a client that holds as many experts as it may.
     """
 
     shared_bytes: Float[Array, ""]
@@ -135,6 +135,14 @@ class RoundCost:
     solo_expert_flops: Float[Array, ""]
     report_bytes: Float[Array, ""] | float = 0.0
     report_flops: Float[Array, ""] | float = 0.0
+    shared_bytes_up: Float[Array, ""] | None = None
+    expert_bytes_up: Float[Array, ""] | None = None
+
+    @property
+    def up(self) -> tuple[Any, Any]:
+        """Bytes up of the shared part and of an expert, without its report."""
+        both = (self.shared_bytes_up, self.shared_bytes), (self.expert_bytes_up, self.expert_bytes)
+        return tuple(down if up is None else up for up, down in both)  # type: ignore[return-value]
 
 
 @pytree
@@ -283,13 +291,15 @@ class Aggregator(NamedTuple):
     """Turns client updates, seen in chunks, into one server update.
 
     init(experts, shared) -> total; add(total, update) -> total; finish(total) -> (expert deltas, shared deltas).
-    `needs` says what it reads of each client: "sum", "norms" or "deltas".
+    `needs` says what it reads of each client: "sum", "norms" or "deltas". What becomes of updates
+    on their way to it is its `encoder`, see `aggregation.chain.Encoder`; None if nothing does.
     """
 
     init: Callable[[PyTree, PyTree], PyTree]
     add: Callable[[PyTree, ClientUpdate], PyTree]
     finish: Callable[[PyTree], tuple[PyTree, PyTree]]
     needs: str
+    encoder: Any = None
 
 
 @runtime_checkable

@@ -57,12 +57,14 @@ def downloads(
     cached: Bool[Array, "client all_experts"],
     expert_bytes: Float[Array, " group"],
     report_bytes: Float[Array, " group"] | float = 0.0,
+    expert_bytes_up: Float[Array, " group"] | None = None,
 ) -> Traffic:
     """The traffic of an alignment, without the experts whose current version a client still has.
 
     Args:
-      expert_bytes: of one expert of each group.
+      expert_bytes: of one expert of each group, on its way down.
       report_bytes: of what comes back with it beside its weights.
+      expert_bytes_up: of its weights on their way up; `expert_bytes` if None.
     """
     num_groups = expert_bytes.shape[0]
 
@@ -74,7 +76,8 @@ def downloads(
 
     held, probed = per_group(alignment.held, True), per_group(alignment.probed, True)
     down = per_group(alignment.held, missing(alignment.held)) + per_group(alignment.probed, missing(alignment.probed))
-    return Traffic(held.max(axis=1), probed.max(axis=1), down @ expert_bytes, held @ (expert_bytes + report_bytes))
+    up = expert_bytes if expert_bytes_up is None else expert_bytes_up
+    return Traffic(held.max(axis=1), probed.max(axis=1), down @ expert_bytes, held @ (up + report_bytes))
 
 
 def summarize(
@@ -111,7 +114,7 @@ def summarize(
         fitness_mean=alignment.fitness.sum() / jnp.maximum(held.sum(), 1),
         assignment_value=alignment.fitness.sum(),
         bytes_down=cohort.present.sum() * cost.shared_bytes + jnp.where(cohort.present, traffic.bytes_down, 0).sum(),
-        bytes_up=arrived.sum() * cost.shared_bytes + jnp.where(arrived, traffic.bytes_up, 0).sum(),
+        bytes_up=arrived.sum() * cost.up[0] + jnp.where(arrived, traffic.bytes_up, 0).sum(),
         simulated_seconds=jnp.where(cohort.present, seconds, 0).max(),
         clients=arrived.sum(),
         unavailable_clients=unavailable.sum(),

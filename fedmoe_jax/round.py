@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fedmoe_jax import aggregation, cache, posterior, sampling, scaffold
+from fedmoe_jax.aggregation import Transform, compression
 from fedmoe_jax.alignment import capacity
 from fedmoe_jax.base import Aggregator, Aligner, Cohort, LossFn, Population, RoundCost, pytree, stage_key
 from fedmoe_jax.conditions import Conditions, steady
@@ -26,7 +27,8 @@ STATISTICS_BATCHES = 4
 @pytree
 class State:
     """What the next round reads. `personal` holds each client's own router rows, or None when they are shared; `controls` the
-    control variates of SCAFFOLD, `statistics` those of each MoE layer for the global router, or None without.
+    control variates of SCAFFOLD, `statistics` those of each MoE layer for the global router, `residuals` what compression kept
+    of each client's updates of (experts, shared), or None without.
 
     `tokens` and `last_trained` have the experts of all groups, group after group. `pace` is how many times as long as its
     profile says each client took lately.
@@ -39,6 +41,7 @@ class State:
     personal: PyTree[Float[Array, "population expert ..."]] | None
     controls: scaffold.Controls | None
     statistics: tuple[posterior.Statistics, ...] | None
+    residuals: PyTree[Float[Array, "population ..."]] | None
     optimizer: PyTree
     aligner: PyTree
     tokens: Float[Array, " all_experts"]
@@ -78,6 +81,7 @@ def federated_moe(
     chunk_size: int | None = None,
     engine: str = "auto",
     aggregator: Aggregator | None = None,
+    broadcast: Transform | None = None,
     control_variates: bool = False,
     personal_budget_bytes: float = 4e9,
 ) -> Algorithm:
@@ -104,9 +108,12 @@ def federated_moe(
       chunk_size: clients trained side by side; all of the cohort if None. Changes results by rounding only.
       engine: how clients train. "primal" gives each its own copy of the weights, "dual" none of a kernel's (see `local.dual`,
         for optimizers that are linear), "auto" whichever is predicted to cost less for each kernel. Changes results by rounding only.
+      aggregator: of the clients' updates, `aggregation.mean()` if None; a chain that compresses them is trained with the primal engine.
+      broadcast: what becomes of weights on their way to clients, `aggregation.quantize(...)`; they arrive as they are if None. Clients
+        train from what arrives and return the difference to it, which the server adds to its exact weights.
       control_variates: clients correct their gradients as in SCAFFOLD, see `scaffold`, which doubles the traffic and keeps a
         gradient of the whole model for each client of the population. Clients then train with the primal engine.
-      personal_budget_bytes: most that personal routers and control variates may each take in all.
+      personal_budget_bytes: most that personal routers, control variates and residuals may each take in all.
 
     Raises:
       ValueError: naming the argument that cannot be.
@@ -117,23 +124,26 @@ def federated_moe(
     aggregator = aggregation.mean() if aggregator is None else aggregator
     conditions = steady() if conditions is None else conditions
     limit = jnp.inf if deadline is None else deadline
-    used, refused = _engine(engine, client_optimizer, aggregator, parts, control_variates)
+    used, refused = plan.chosen(engine, client_optimizer, aggregator, parts, control_variates)
+    compression.check(aggregator, broadcast, control_variates)
     trainer = Trainer(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, prox, router == "personal",
         batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
         aligner.max_slots, aligner.probes, used, control_variates, STATISTICS_BATCHES * batch_size if router == "statistics" else 0,
+        broadcast,
     )  # fmt: skip
 
     def init(key: Key[Array, ""], population: Population) -> State:
         if cohort_size > population.num_clients:
             raise ValueError(f"cohort_size is {cohort_size}, it must be at most the population, {population.num_clients}")
         personal = router_rows(parts.experts, population.num_clients, personal_budget_bytes) if router == "personal" else None
-        controls = None
+        controls, residuals, sizes = None, None, (population.num_clients, personal_budget_bytes)
         if control_variates:
-            sizes = population.num_clients, personal_budget_bytes
             controls = scaffold.start(parts.experts, parts.shared, *sizes, personal_router=router == "personal")
+        if aggregator.encoder is not None:
+            residuals = aggregator.encoder.init(scaffold.travelling(parts.experts, router == "personal"), parts.shared, *sizes)
         statistics = posterior.start(parts, batch_shape(population, batch_size)) if router == "statistics" else None
-        return _start(key, population.num_clients, parts, (personal, controls, statistics), server_optimizer, aligner)
+        return _start(key, population.num_clients, parts, (personal, controls, statistics, residuals), server_optimizer, aligner)
 
     @jax.jit
     def step(state: State, population: Population) -> tuple[State, Info]:
@@ -146,14 +156,15 @@ def federated_moe(
         limits = dict(deadline=deadline, examples=examples, pace=state.pace[sampled], available=available, cached=cached)
         cohort, admitted = admit(population, sampled, cost, aligner, **limits)
         alignment, aligned = aligner.align(stage_key(key, "align"), state.aligner, cohort)
-        traffic = downloads(alignment, cached, trainer.expert_bytes(), trainer.report_bytes(population))
+        down, up = trainer.expert_bytes()
+        traffic = downloads(alignment, cached, down, trainer.report_bytes(population), up)
         planned = _seconds(population, cost, alignment, traffic, examples, sampled)
         taken = slowdown * planned
         on_time = taken <= limit
         trainees = dataclasses.replace(cohort, present=cohort.present & on_time)
         prior = router_prior * alignment.centred
-        local = stage_key(key, "local")
-        delta, routers, (controls, seen), feedback, summary = trainer.train(local, state, population, trainees, alignment, prior)
+        local, arrived = stage_key(key, "local"), _arrived(broadcast, state)
+        delta, routers, kept, feedback, summary = trainer.train(local, arrived, population, trainees, alignment, prior)
         tokens = combine(feedback.tokens.astype(jnp.float32), alignment.held, jnp.ones(alignment.held.shape), experts)
         (weights, shared), optimizer = _serve(server_optimizer, state, delta, tokens, feedback.examples.sum())
         personal = None
@@ -162,7 +173,8 @@ def federated_moe(
         learnt = aligner.learn(aligned, trainees, alignment, feedback)
         total, last = state.tokens + tokens, jnp.where(tokens > 0, state.round, state.last_trained)
         pace, held = _of_clients(state, cohort, alignment, taken, planned)
-        carried = (personal, controls, seen, optimizer, learnt)
+        controls, seen, residuals = kept
+        carried = (personal, controls, seen, residuals, optimizer, learnt)
         new = State(state.key, state.round + 1, weights, shared, *carried, total, last, pace, held)
         dropped = available & ~admitted | cohort.present & ~on_time
         facts = dict(tokens=tokens, total=total, staleness=state.round - last, unavailable=~available, dropped=dropped)
@@ -180,10 +192,10 @@ def _start(key, clients, parts, own, server_optimizer, aligner) -> State:
     number = len(groups(parts.experts))
     experts, places = number * num_experts(parts.experts), number * (aligner.max_slots + aligner.probes)
     learnt = jax.tree.map(jnp.copy, aligner.init(clients))
-    personal, controls, statistics = own
+    personal, controls, statistics, residuals = own
     return State(
         key=jnp.copy(key), round=jnp.int32(0), experts=weights[0], shared=weights[1], personal=personal, controls=controls,
-        statistics=statistics, optimizer=server_optimizer.init(weights), aligner=learnt, tokens=jnp.zeros(experts),
+        statistics=statistics, residuals=residuals, optimizer=server_optimizer.init(weights), aligner=learnt, tokens=jnp.zeros(experts),
         last_trained=jnp.full(experts, -1, jnp.int32), pace=jnp.ones(clients), cache=cache.empty(clients, places),
     )  # fmt: skip
 
@@ -251,6 +263,14 @@ def _of_clients(state, cohort, alignment, taken, planned):
     return pace, cache.keep(state.cache, cohort.client, cohort.present, received, state.round)
 
 
+def _arrived(broadcast, state) -> State:
+    """The state with its weights as clients receive them."""
+    if broadcast is None:
+        return state
+    weights = compression.received(broadcast, state.key, state.round, state.experts, state.shared, state.last_trained)
+    return dataclasses.replace(state, experts=weights[0], shared=weights[1])
+
+
 def _serve(server_optimizer, state, delta, tokens, examples):
     """The server's step on minus the delta. What nobody trained keeps its value."""
     old = (state.experts, state.shared)
@@ -262,22 +282,6 @@ def _serve(server_optimizer, state, delta, tokens, examples):
 
     experts = map_groups(trained, groups(experts), tokens, experts, state.experts)
     return (experts, jax.tree.map(lambda new, value: jnp.where(examples > 0, new, value), shared, state.shared)), optimizer
-
-
-def _engine(engine: str, client_optimizer: Any, aggregator: Aggregator, parts: Any, control_variates: bool) -> tuple[str, str | None]:
-    """The engine to use, primal where the dual one cannot serve the optimizer or the aggregator, and then why it cannot."""
-    if engine not in ("auto", "primal", "dual"):
-        raise ValueError(f"engine is {engine!r}, it must be 'auto', 'primal' or 'dual'")
-    reason = None
-    if engine != "primal" and control_variates:
-        reason = "control_variates are added to each client's gradients"
-    elif engine != "primal" and aggregator.needs != "sum":
-        reason = f"the aggregator needs {aggregator.needs} of each client"
-    elif engine != "primal" and not plan.is_linear(client_optimizer, (parts.experts, parts.shared)):
-        reason = "client_optimizer is not linear in the gradient of each weight"
-    if engine == "dual" and reason:
-        raise ValueError(f"engine: 'dual' cannot serve, since {reason}; use 'auto' or 'primal'")
-    return ("primal" if reason else engine), reason
 
 
 def _checked(

@@ -44,7 +44,27 @@ def add_to_slots(
     """The rows of expert weights plus `change` [client, slot, ...] for what the present clients hold."""
 
     def one(held, leaf, new):
-        slot = jnp.where(present[:, None] & (held != NO_EXPERT), held % leaf.shape[1], leaf.shape[1])
-        return leaf.at[client[:, None], slot].add(new, mode="drop")
+        return leaf.at[client[:, None], _slot(held, present, leaf)].add(new, mode="drop")
 
     return map_groups(one, names, held, rows, change)
+
+
+def put(rows: PyTree, client: Int[Array, " client"], present: Bool[Array, " client"], new: PyTree) -> PyTree:
+    """The rows of shared weights with `new` [client, ...] in place of those of the present clients."""
+    return jax.tree.map(lambda leaf, new: leaf.at[jnp.where(present, client, leaf.shape[0])].set(new, mode="drop"), rows, new)
+
+
+def put_slots(
+    rows: PyTree, client: Int[Array, " client"], present: Bool[Array, " client"], held: Int[Array, "client all_slots"], new, names: tuple
+) -> PyTree:
+    """The rows of expert weights with `new` [client, slot, ...] in place of those of what the present clients hold."""
+
+    def one(held, leaf, new):
+        return leaf.at[client[:, None], _slot(held, present, leaf)].set(new, mode="drop")
+
+    return map_groups(one, names, held, rows, new)
+
+
+def _slot(held, present, leaf):
+    """The expert of each slot, past the end for empty ones and absent clients."""
+    return jnp.where(present[:, None] & (held != NO_EXPERT), held % leaf.shape[1], leaf.shape[1])

@@ -39,7 +39,8 @@ def seconds(
         flops = flops * examples
     flops = flops + jnp.where(slots > 0, cost.report_flops + cost.solo_shared_flops + tried * cost.solo_expert_flops, 0)
     download = (cost.shared_bytes + downloads * cost.expert_bytes) / profile.downlink_bytes_per_second
-    upload = (cost.shared_bytes + slots * (cost.expert_bytes + cost.report_bytes)) / profile.uplink_bytes_per_second
+    shared, expert = cost.up
+    upload = (shared + slots * (expert + cost.report_bytes)) / profile.uplink_bytes_per_second
     return download + flops / profile.flops_per_second + upload
 
 

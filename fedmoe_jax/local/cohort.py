@@ -16,7 +16,7 @@ from fedmoe_jax.base import NO_EXPERT, Aggregator, Alignment, ClientUpdate, Coho
 from fedmoe_jax.experts import Partition, RouterParam, by_group, combine, groups, map_groups
 from fedmoe_jax.kernels import DualKernel, is_dual, is_finite
 from fedmoe_jax.local import dual, plan, primal
-from fedmoe_jax.local.cost import expert_bytes, round_cost
+from fedmoe_jax.local.cost import expert_bytes, plain_bytes, round_cost
 
 
 class Trainer(NamedTuple):
@@ -38,6 +38,7 @@ class Trainer(NamedTuple):
     engine: str
     control_variates: bool
     statistics_examples: int
+    broadcast: Any = None
 
     def optimizer(self, round: Any) -> optax.GradientTransformation:
         """The client optimizer of a round."""
@@ -50,14 +51,21 @@ class Trainer(NamedTuple):
         solo, seen = (batch_shape(population, n) if n else None for n in (self.solo_examples, self.statistics_examples))
         batch = batch_shape(population, self.batch_size)
         options: dict[str, Any] = self._traffic() | dict(solo_batch=solo, max_slots=self.max_slots, statistics_batch=seen)
-        return round_cost(self.parts, self.loss_fn, optimizer, batch, **options)
+        down, up = self._links()
+        return round_cost(self.parts, self.loss_fn, optimizer, batch, down=down, up=up, **options)
 
-    def _traffic(self) -> dict[str, bool]:
+    def _traffic(self) -> dict[str, Any]:
         return dict(personal_router=self.personal, control_variates=self.control_variates)
 
-    def expert_bytes(self) -> Float[Array, " group"]:
-        """What one expert of each group takes on one direction of the link."""
-        return jnp.array(expert_bytes(self.parts.experts, **self._traffic()), jnp.float32)
+    def _links(self) -> tuple[Callable[[int, int], int], Callable[[int, int], int]]:
+        """Bytes of a tensor on the way down and up."""
+        return tuple(plain_bytes if way is None else way.num_bytes for way in (self.broadcast, self.aggregator.encoder))  # type: ignore
+
+    def expert_bytes(self) -> tuple[Float[Array, " group"], Float[Array, " group"]]:
+        """What one expert of each group takes on the link, down and up."""
+        both = (expert_bytes(self.parts.experts, **self._traffic(), num_bytes=way) for way in self._links())
+        down, up = (jnp.array(each, jnp.float32) for each in both)
+        return down, up
 
     def report_bytes(self, population: Population) -> Float[Array, " group"]:
         """What a client returns of an expert of each group beside its weights."""
@@ -75,7 +83,8 @@ class Trainer(NamedTuple):
 
         Returns:
           (expert deltas, shared deltas), what each client added to its own router rows [client, slot, ...] (None when they are
-          shared), the new control variates and sums of statistics (None without), Feedback, (mean training loss, rejected updates).
+          shared), the new control variates, sums of statistics and residuals (None without), Feedback, (mean training loss,
+          rejected updates).
         """
         size = cohort.client.shape[0]
         chunks = -(-size // self.chunk_size)
@@ -86,13 +95,13 @@ class Trainer(NamedTuple):
         rows = (keys, cohort.client, cohort.present, alignment.held, alignment.probed, prior)
         rows = jax.tree.map(lambda row: _chunked(row[order], chunks, self.chunk_size), rows)
         train_chunk = self._chunk_function(state, population, self.uses(population))
-        start = self.aggregator.init(state.experts, state.shared), state.controls, posterior.decayed(state.statistics)
-        (total, controls, statistics), out = jax.lax.scan(train_chunk, start, rows)
+        kept = state.controls, posterior.decayed(state.statistics), state.residuals
+        (total, kept), out = jax.lax.scan(train_chunk, (self.aggregator.init(state.experts, state.shared), kept), rows)
         feedback, routers, loss, rejected = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][jnp.argsort(order)], out)
         feedback = Feedback(*feedback)
         examples = feedback.examples
         train_loss = jnp.where(examples.sum() > 0, (loss * examples).sum() / jnp.maximum(examples.sum(), 1), jnp.nan)
-        return self.aggregator.finish(total), routers, (controls, statistics), feedback, (train_loss, rejected.sum())
+        return self.aggregator.finish(total), routers, kept, feedback, (train_loss, rejected.sum())
 
     def plan(self, population: Population) -> tuple[plan.Choice, ...]:
         """The engine of each weight, and why."""
@@ -109,10 +118,11 @@ class Trainer(NamedTuple):
         return tuple(choice.use for choice in self.plan(population))
 
     def _chunk_function(self, state, population, uses) -> Callable[[Any, Any], Any]:
-        bases = jax.tree.leaves((state.experts, state.shared))
+        bases, encoder = jax.tree.leaves((state.experts, state.shared)), self.aggregator.encoder
 
         def train_chunk(carry, rows):
-            total, controls, statistics = carry
+            total, (controls, statistics, residuals) = carry
+            keys, number, present, *_ = rows
             client = jax.vmap(lambda *row: self._client(state, population, uses, controls, *row))
             update, feedback, loss, rejected, finite, gradient, seen = client(*rows)
             if any(uses):  # their rows are large: look at them again only if that is needed
@@ -120,14 +130,17 @@ class Trainer(NamedTuple):
             update, routers = _with_bases(ClientUpdate(*update), bases), None
             if self.personal:  # router rows stay where they are
                 routers, experts = nnx.split_state(update.experts, RouterParam, ...)
+                update = dataclasses.replace(update, experts=experts)
+            if encoder is not None:
+                update, residuals = encoder.apply(residuals, keys, number, present & finite, update, groups(self.parts.experts))
+            if routers is not None:
                 nothing = jax.tree.map(jnp.zeros_like, routers)
-                update = dataclasses.replace(update, experts=nnx.merge_state(nothing, experts))
+                update = dataclasses.replace(update, experts=nnx.merge_state(nothing, update.experts))
             if controls is not None:
-                _, number, present, *_ = rows
                 controls = scaffold.learn(controls, number, present & finite, update.held, gradient, update.tokens, update.examples)
             if seen is not None:
                 statistics = jax.tree.map(jnp.add, statistics, posterior.together(self.parts, seen, update.held))
-            return (self.aggregator.add(total, update), controls, statistics), (feedback, routers, loss, rejected)
+            return (self.aggregator.add(total, update), (controls, statistics, residuals)), (feedback, routers, loss, rejected)
 
         return train_chunk
 

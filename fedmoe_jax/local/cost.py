@@ -56,16 +56,29 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def expert_bytes(experts: Any, *, personal_router: bool = False, control_variates: bool = False) -> tuple[int, ...]:
+def plain_bytes(values: int, bits: int) -> int:
+    """Bytes of a tensor of so many values of so many bits without compression."""
+    return values * bits // 8
+
+
+def expert_bytes(
+    experts: Any, *, personal_router: bool = False, control_variates: bool = False, num_bytes: Callable[[int, int], int] = plain_bytes
+) -> tuple[int, ...]:
     """Bytes of one expert of each group that travel, in the order of `experts.groups`; without router rows that stay on the client.
 
-    With `control_variates` a control variate travels with each weight.
+    With `control_variates` a control variate travels with each weight. `num_bytes(values, bits)` are those of a tensor on the link.
     """
     total = dict.fromkeys(groups(experts), 0)
     for variable in jax.tree.leaves(experts, is_leaf=lambda node: isinstance(node, nnx.Variable)):
         if not (personal_router and isinstance(variable, RouterParam)):
-            total[variable.group] += (1 + control_variates) * tree_bytes(variable) // variable.shape[0]
+            one = jax.eval_shape(lambda weights: jax.tree.map(lambda weight: weight[0], weights), variable)
+            total[variable.group] += (1 + control_variates) * link_bytes(one, num_bytes)
     return tuple(total.values())
+
+
+def link_bytes(tree: Any, num_bytes: Callable[[int, int], int]) -> int:
+    """Bytes of all arrays of a pytree on the link, each on its own."""
+    return sum(num_bytes(leaf.size, 8 * leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree))
 
 
 def round_cost(
@@ -79,6 +92,8 @@ def round_cost(
     solo_batch: Batch | None = None,
     max_slots: int = 1,
     statistics_batch: Batch | None = None,
+    down: Callable[[int, int], int] = plain_bytes,
+    up: Callable[[int, int], int] = plain_bytes,
 ) -> RoundCost:
     """The cost of a client's round from the actual model: the program is traced with one and with two experts of each group.
 
@@ -89,6 +104,7 @@ def round_cost(
       solo_batch: shapes of the batch on which experts are scored alone; None if they are not.
       max_slots: experts that the client holds, of each other group while one is scored alone, at most.
       statistics_batch: shapes of the batch of which a client returns statistics; None if it returns none.
+      down, up: down(values, bits) are the bytes on the link of a tensor of so many values that have so many bits in memory.
 
     Returns:
       What an expert costs, one of every group, is the difference between two held experts and one, or three and two. Memory is
@@ -120,8 +136,11 @@ def round_cost(
     kept = max(activations(3) - activations(2), 0)  # the program of a single expert is another, without a batch of experts
     copies = 3.0 + 2.0 * control_variates + tree_bytes(jax.eval_shape(optimizer.init, one)) / tree_bytes(one)
     shared_bytes = tree_bytes(parts.shared)
-    each = expert_bytes(parts.experts, personal_router=personal_router, control_variates=control_variates)
-    travels = (1 + control_variates) * shared_bytes, sum(each)
+
+    def travels(num_bytes):
+        each = expert_bytes(parts.experts, personal_router=personal_router, control_variates=control_variates, num_bytes=num_bytes)
+        return (1 + control_variates) * link_bytes(parts.shared, num_bytes), sum(each)
+
     memory = copies * shared_bytes + max(activations(2) - 2 * kept, 0), copies * tree_bytes(one) + kept
     alone = _shared_and_each(solo, max_slots if num_groups > 1 else 1)
     report = 0.0, 0
@@ -130,7 +149,7 @@ def round_cost(
         seen = functools.partial(posterior.observe, parts)
         flops_seen = count_flops(seen, held(max_slots), parts.shared, statistics_batch, jnp.ones(slots, bool), jnp.zeros(slots))
         report = sum(posterior.report_bytes(posterior.start(parts, statistics_batch), num_groups)), flops_seen
-    numbers = (*travels, *memory, *_shared_and_each(flops), *alone, *report)
+    numbers = (*travels(down), *memory, *_shared_and_each(flops), *alone, *report, *travels(up))
     return RoundCost(*(jnp.float32(number) for number in numbers))
 
 

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from fedmoe_jax.base import Batch, LossFn, RoundCost
+from fedmoe_jax.base import Aggregator, Batch, LossFn, RoundCost
 from fedmoe_jax.experts import Partition, RouterParam, groups
 from fedmoe_jax.kernels import Probe
 from fedmoe_jax.local.dual import MOST_PLACES, UNROLLED, Use
@@ -37,6 +37,22 @@ def chunk_size(cost: RoundCost, *, cohort_size: int, max_slots: int, probes: int
     fitting = max(1, min(cohort_size, int(MEMORY_SHARE * memory_bytes / client)))
     chunks = -(-cohort_size // fitting)
     return -(-cohort_size // chunks)
+
+
+def chosen(engine: str, client_optimizer: Any, aggregator: Aggregator, parts: Any, control_variates: bool) -> tuple[str, str | None]:
+    """The engine to use, primal where the dual one cannot serve the optimizer or the aggregator, and then why it cannot."""
+    if engine not in ("auto", "primal", "dual"):
+        raise ValueError(f"engine is {engine!r}, it must be 'auto', 'primal' or 'dual'")
+    reason = None
+    if engine != "primal" and control_variates:
+        reason = "control_variates are added to each client's gradients"
+    elif engine != "primal" and aggregator.needs != "sum":
+        reason = f"the aggregator needs {aggregator.needs} of each client"
+    elif engine != "primal" and not is_linear(client_optimizer, (parts.experts, parts.shared)):
+        reason = "client_optimizer is not linear in the gradient of each weight"
+    if engine == "dual" and reason:
+        raise ValueError(f"engine: 'dual' cannot serve, since {reason}; use 'auto' or 'primal'")
+    return ("primal" if reason else engine), reason
 
 
 class Choice(NamedTuple):

@@ -94,6 +94,14 @@ class TrainConfig:
     """Weight of the FedProx term, which pulls clients to the global model."""
     control_variates: bool = False
     """Clients correct their gradients as in SCAFFOLD, which doubles the traffic."""
+    compress_bits: int | None = None
+    """Bits of a value that a client sends, 2 to 8, rounded at random; as many as in memory if not given."""
+    compress_share: float | None = None
+    """Share of each tensor's values that a client sends, the largest, keeping the rest for later; all if not given."""
+    broadcast_bits: int | None = None
+    """Bits of a value that clients receive, as compress_bits."""
+    rotate: bool = False
+    """Tensors are rotated at random before their values get fewer bits."""
     aligner: str = "balanced"
     """Who trains which expert: random, greedy, load_only, balanced, full, or package.module:name."""
     assignment: str = "shared"
@@ -165,12 +173,13 @@ _CUSTOM = ("model", "aligner", "profile")
 _LEAST = {
     **dict.fromkeys(("classes_per_client", "population", "cohort", "experts", "slots", "top_k", "rounds", "local_epochs"), 1),
     **dict.fromkeys(("local_steps", "batch_size", "eval_every", "checkpoint_every", "chunk", "stream"), 1),
-    "domains": 2,
+    **dict.fromkeys(("domains", "compress_bits", "broadcast_bits"), 2),
     **dict.fromkeys(("shared_experts", "probes", "seed", "balance_weight", "prox", "router_prior", "tolerance"), 0),
     **dict.fromkeys(("demand", "least_spread", "speed_bias", "speed_jitter"), 0),
 }
-_ABOVE_ZERO = ("availability", "alpha", "client_lr", "server_lr", "shared_lr", "beta", "deadline", "target")
-_MOST = {"availability": 1, "demand": 1, "beta": 1, "target": 1, "seed": 2**32 - 1}
+_ABOVE_ZERO = ("availability", "alpha", "client_lr", "server_lr", "shared_lr", "beta", "deadline", "target", "compress_share")
+_MOST = {**dict.fromkeys(("availability", "demand", "beta", "target", "compress_share"), 1), "seed": 2**32 - 1}
+_MOST |= dict.fromkeys(("compress_bits", "broadcast_bits"), 8)
 _MOST_FIELD = {"cohort": "population", "slots": "experts", "top_k": "experts", "probes": "experts"}
 
 
@@ -201,6 +210,8 @@ def _number(config, name, value):
         return f"must be at least {_LEAST[name]}, got {value}"
     if name in _MOST and value > _MOST[name]:
         return f"must be at most {_MOST[name]}, got {value}"
+    if name == "rotate" and value and config.compress_bits is None and config.broadcast_bits is None:
+        return "must be false where neither compress_bits nor broadcast_bits is given"
     other = _MOST_FIELD.get(name)
     most = num_clients(config) if other == "population" else getattr(config, other or "", None)
     if most is not None and value > most:

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from fedmoe_jax import alignment, models
+from fedmoe_jax import aggregation, alignment, models
 from fedmoe_jax.alignment import fitness, load
-from fedmoe_jax.base import Aligner, Cohort, Fitness, RoundCost
+from fedmoe_jax.base import Aggregator, Aligner, Cohort, Fitness, RoundCost
 from fedmoe_jax.conditions import varying
 from fedmoe_jax.data import partition as splits
 from fedmoe_jax.data import sources
@@ -66,6 +66,7 @@ class Setup:
             local_epochs=None if config.local_steps is not None else config.local_epochs, prox=config.prox, router=config.router,
             router_prior=config.router_prior, deadline=config.deadline, chunk_size=chunk, conditions=conditions,
             solo_examples=self.solo_examples, engine=config.engine, control_variates=config.control_variates,
+            aggregator=aggregator(config), broadcast=broadcast(config),
         )  # fmt: skip
 
     def aligner_scores(self, state: State) -> Any:
@@ -109,6 +110,8 @@ class Setup:
         if config.router == "statistics":
             options["statistics_batch"] = batch_shape(self.population, STATISTICS_BATCHES * config.batch_size)
         options |= dict(solo_batch=solo, max_slots=self.aligner.max_slots)
+        links = {"down": broadcast(config), "up": aggregator(config).encoder}
+        options |= {way: link.num_bytes for way, link in links.items() if link is not None}
         return round_cost(self.parts, self.loss_fn, optimizer, batch_shape(self.population, config.batch_size), **options)
 
     def _processed(self, client: jax.Array) -> jax.Array:
@@ -229,6 +232,21 @@ def make_aligner(config: TrainConfig, groups: int = 1) -> Aligner:
     if config.aligner == "balanced":
         common["least_spread"] = config.least_spread
     return getattr(alignment, config.aligner)(groups=groups, **common)
+
+
+def aggregator(config: TrainConfig) -> Aggregator:
+    """The mean of updates, which are compressed first where a configuration says so."""
+    transforms = []
+    if config.compress_share is not None:
+        transforms.append(aggregation.sparsify(share=config.compress_share))
+    if config.compress_bits is not None:
+        transforms.append(aggregation.quantize(bits=config.compress_bits, rotate=config.rotate))
+    return aggregation.chain(*transforms, aggregation.mean())
+
+
+def broadcast(config: TrainConfig) -> aggregation.Transform | None:
+    """What becomes of weights on their way to clients."""
+    return None if config.broadcast_bits is None else aggregation.quantize(bits=config.broadcast_bits, rotate=config.rotate)
 
 
 def optimizer(name: str, learning_rate: Any) -> optax.GradientTransformation:
