@@ -147,11 +147,15 @@ class RoundCost:
 
 @pytree
 class Batch:
-    """Examples as a loss function sees them. `mask` is False for padding, whose `x` and `y` are arbitrary."""
+    """Examples as a loss function sees them. `mask` is False for padding, whose `x` and `y` are arbitrary.
+
+    `label_prior` is the log of how much more frequent each class is with the client than with all, where the population knows it.
+    """
 
     x: Array
     y: Array
     mask: Bool[Array, " example"]
+    label_prior: Float[Array, " class"] | None = None
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from fedmoe_jax.base import Aggregator, Aligner, Cohort, LossFn, Population, Rou
 from fedmoe_jax.conditions import Conditions, steady
 from fedmoe_jax.experts import combine, groups, map_groups, num_experts, partition
 from fedmoe_jax.info import Info, downloads, summarize
-from fedmoe_jax.local import plan
+from fedmoe_jax.local import plan, primal
 from fedmoe_jax.local.cohort import Trainer, batch_shape, keep_routers, router_rows
 
 STATISTICS_BATCHES = 4
@@ -73,6 +73,7 @@ def federated_moe(
     local_epochs: int | None = None,
     local_steps: int | None = None,
     prox: float = 0.0,
+    prox_on: str = "all",
     router: str = "shared",
     router_prior: float = 0.0,
     deadline: float | None = None,
@@ -96,7 +97,7 @@ def federated_moe(
       cohort_size: clients sampled each round, at most the population.
       local_epochs, local_steps: exactly one of them: passes over a client's data, or optimizer steps.
       batch_size: examples in a local step.
-      prox: weight of the FedProx term.
+      prox, prox_on: weight of the FedProx term and what it pulls, see `local.primal.pulls`.
       router: "shared", or "personal": router rows stay on the client. Those of the global model are the population's mean,
         which the simulation keeps for evaluation and which no client sends. "statistics": shared on clients, but the server
         keeps statistics of what each expert was sent, of which it makes the router of the global model, see `posterior`.
@@ -127,7 +128,7 @@ def federated_moe(
     used, refused = plan.chosen(engine, client_optimizer, aggregator, parts, control_variates)
     compression.check(aggregator, broadcast, control_variates)
     trainer = Trainer(
-        parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, prox, router == "personal",
+        parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, primal.pulls(parts, prox, prox_on), router == "personal",
         batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
         aligner.max_slots, aligner.probes, used, control_variates, STATISTICS_BATCHES * batch_size if router == "statistics" else 0,
         broadcast,

@@ -122,3 +122,32 @@ def test_an_expert_is_weighed_by_tokens_and_the_shared_part_by_examples(tokens):
 
 def test_mean_reads_sums_only():
     assert aggregation.mean().needs == "sum"
+
+
+@pytest.mark.parametrize("agreement", [0.3, 1.0])
+def test_where_signs_disagree_the_mean_is_multiplied_by_how_far_they_agree(agreement):
+    rule, clients = aggregation.mean(agreement=agreement), update(4)
+    found = jax.jit(lambda clients: rule.finish(rule.add(rule.init(EXPERT_ZEROS, SHARED_ZEROS), clients)))(clients)
+    signs = dataclasses.replace(clients, **{part: jax.tree.map(jnp.sign, getattr(clients, part)) for part in ("experts", "shared")})
+
+    def masked(mean, sign):
+        return mean * np.where(np.abs(sign) >= agreement, 1.0, np.abs(sign))
+
+    expected = jax.tree.map(masked, oracle(clients), oracle(signs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+    plain = np.abs(oracle(clients)[0]["w"])
+    assert (np.abs(found[0]["w"]) <= plain + 1e-6).all() and (np.abs(found[0]["w"]) < 0.99 * plain).any()
+    assert rule.needs == "deltas"
+
+
+def test_clients_of_one_mind_agree():
+    clients = jax.tree.map(lambda a: a, update(5))
+    one = dataclasses.replace(clients, **{part: jax.tree.map(jnp.ones_like, getattr(clients, part)) for part in ("experts", "shared")})
+    rule = aggregation.mean(agreement=1.0)
+    jax.tree.map(np.testing.assert_array_equal, rule.finish(rule.add(rule.init(EXPERT_ZEROS, SHARED_ZEROS), one)), whole(one))
+
+
+@pytest.mark.parametrize("agreement", [-0.1, 1.1, float("nan")])
+def test_agreement_is_a_share(agreement):
+    with pytest.raises(ValueError, match=f"agreement is {agreement}, it must be from 0 to 1"):
+        aggregation.mean(agreement=agreement)

@@ -60,6 +60,7 @@ def test_optimizers(name):
 OPTIONS = {
     "loop of many steps": dict(client_optimizer=LINEAR["momentum"], local_steps=11),
     "decay, prox and chunks": dict(client_optimizer=LINEAR["weight decay"], prox=0.5, chunk_size=2),
+    "prox on the shared part": dict(prox=0.5, prox_on="shared"),
     "solo, personal router and prior": dict(solo_examples=4, router="personal", router_prior=2.0),
 }
 OPTIONS["all of them"] = {name: value for options in OPTIONS.values() for name, value in options.items()}

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from fedmoe_jax.experts import Slots, bind, gather
+from fedmoe_jax.nn.linear import as_float
 from fedmoe_jax.training import metrics, setup
 from fedmoe_jax.training.config import TrainConfig
-from fedmoe_jax.training.evaluate import client_evaluation
+from fedmoe_jax.training.evaluate import client_evaluation, global_evaluation
 
 CLIENTS, EXPERTS, SLOTS, PRIOR = 12, 4, 2, 10.0
 CONFIG = TrainConfig(
@@ -68,3 +69,20 @@ def test_greedy_gives_the_fittest_anyway():
 def test_fittest_experts_are_left_out_where_none_are_known(aligner):
     built, state = made(aligner=aligner)
     assert set(client_evaluation(built)(state)) == set(metrics.CLIENT_ACCURACIES) - set(FITTEST)
+
+
+def test_a_soft_router_mixes_all_experts_in_the_global_model():
+    built, state = made(router="soft")
+    model = bind(built.parts, state.experts, state.shared, Slots(jnp.ones(EXPERTS, bool), jnp.zeros(EXPERTS)))
+    x, y = built.test
+    hidden = jax.nn.relu(model.into(as_float(x).reshape(len(x), -1)))
+    moe = model.moe
+    gates = jax.nn.softmax(hidden @ moe.router.get_value().T)
+    inside = jax.nn.relu(jnp.einsum("nd,edh->neh", hidden, moe.w_in.get_value()) + moe.b_in.get_value())
+    out = jnp.einsum("neh,ehf->nef", inside, moe.w_out.get_value()) + moe.b_out.get_value()
+    logits = model.head(model.norm((gates[..., None] * out).sum(1)))
+    found = global_evaluation(built)(state)
+    assert found["eval_accuracy"] == pytest.approx(float((logits.argmax(1) == y).mean()), abs=0.002)
+    loss = -jax.nn.log_softmax(logits)[jnp.arange(len(y)), y].mean()
+    assert found["eval_loss"] == pytest.approx(float(loss), rel=1e-4)
+    assert found["eval_loss"] != pytest.approx(global_evaluation(made()[0])(state)["eval_loss"], rel=1e-3)

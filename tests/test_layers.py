@@ -1,5 +1,7 @@
 """Layers and the loss against oracles: attention and its rotation, convolution, norms, cross-entropy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from flax import nnx
 
 from fedmoe_jax.base import Batch
-from fedmoe_jax.models.losses import cross_entropy
+from fedmoe_jax.models.losses import balanced_softmax, cross_entropy
 from fedmoe_jax.nn.attention import Attention, rotate
 from fedmoe_jax.nn.linear import Conv, GroupNorm, RMSNorm
 
@@ -125,3 +127,14 @@ def test_cross_entropy_equals_numpy(inner):
         rows = [(softmax(z.astype(np.float64)), t) for z, t in zip(logits[b].reshape(-1, 3), y[b].reshape(-1), strict=True) if t >= 0]
         np.testing.assert_allclose(loss[b], np.mean([-np.log(p[t]) for p, t in rows]) if rows else 0, rtol=1e-5)
         np.testing.assert_allclose(aux["correct"][b], np.mean([p.argmax() == t for p, t in rows]) if rows else 0, rtol=1e-6)
+
+
+def test_balanced_softmax_is_cross_entropy_with_the_label_prior_added():
+    random = np.random.default_rng(1)
+    logits, prior = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((4, 3), 3))
+    data = Batch(logits, jnp.asarray([0, 2, 1, 1]), jnp.ones(4, bool), prior)
+    found = balanced_softmax(lambda x: x, data, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, found, cross_entropy(lambda x: x + prior, data, jax.random.key(0)))
+    assert not np.allclose(found[0], cross_entropy(lambda x: x, data, jax.random.key(0))[0])
+    with pytest.raises(ValueError, match=r"batch\.label_prior is None: balanced_softmax needs"):
+        balanced_softmax(lambda x: x, dataclasses.replace(data, label_prior=None), jax.random.key(0))

@@ -125,3 +125,15 @@ def test_errors_name_the_argument(change, message):
     good = {"x": x, "y": y, "client_indices": [np.array([0, 1]), np.array([2])], "profile": profile_of(2)}
     with pytest.raises(ValueError, match=message):
         Population.from_arrays(**(good | change))
+
+
+def test_batches_tell_the_label_prior_of_their_client():
+    x, y = arrays()
+    prior = np.arange(2 * NUM_CLIENTS, dtype=np.float32).reshape(NUM_CLIENTS, 2)
+    rows = indices(np.arange(NUM_EXAMPLES) % NUM_CLIENTS, np.random.default_rng(0))
+    population = Population.from_arrays(x, y, rows, label_prior=prior)
+    _, batch = everything(population, jnp.arange(NUM_CLIENTS), jnp.arange(2))
+    np.testing.assert_array_equal(batch.label_prior, prior)
+    for wrong in (prior[:-1], prior[0]):
+        with pytest.raises(ValueError, match=rf"label_prior must have shape \({NUM_CLIENTS}, classes\), not"):
+            Population.from_arrays(x, y, rows, label_prior=wrong)

@@ -12,6 +12,7 @@ from small_round import BATCH, CLIENTS, EXPERTS, KEY, SIZES, algorithm, aligner,
 
 from fedmoe_jax import alignment, partition, sampling
 from fedmoe_jax.base import stage_key
+from fedmoe_jax.experts import RouterParam
 from fedmoe_jax.local.cost import round_cost
 from fedmoe_jax.local.primal import local_batch, num_processed, num_steps
 from fedmoe_jax.models.losses import cross_entropy
@@ -65,6 +66,21 @@ def test_prox_keeps_clients_near_what_they_received():
     assert 0 < moved[10.0] < 0.3 * moved[0.0]
 
 
+@pytest.mark.parametrize("prox_on", ["all", "shared", "router"])
+def test_prox_pulls_the_part_that_it_is_on(prox_on):
+    data, alg = population(), {}
+    options = dict(client_optimizer=optax.sgd(0.1), local_steps=20, router_prior=0.0)
+    for prox in (0.0, 10.0):
+        alg = algorithm(prox=prox, prox_on=prox_on, **options)
+        start, (state, _) = alg.init(KEY, data), run(alg, data)
+        routers, others = (nnx.split_state(tree.experts, RouterParam, ...) for tree in (start, state)), (start.shared, state.shared)
+        (rows, kept), (new_rows, new_kept) = routers
+        here = np.array([distance(rows, new_rows), distance(kept, new_kept), distance(*others)])
+        plain = here if prox == 0.0 else plain
+    pulled = {"all": [True, True, True], "shared": [False, False, True], "router": [True, False, False]}[prox_on]
+    assert ((here < 0.4 * plain) == pulled).all(), (here, plain)
+
+
 def test_a_client_optimizer_may_depend_on_the_round():
     data = population()
     alg = algorithm(client_optimizer=lambda round: optax.sgd(jnp.where(round == 0, 0.0, 0.3)))
@@ -86,6 +102,7 @@ def test_a_client_optimizer_may_depend_on_the_round():
         (dict(chunk_size=0), "chunk_size is 0"),
         (dict(prox=-1.0), "prox is -1.0"),
         (dict(prox=float("nan")), "prox is nan"),
+        (dict(prox_on="experts"), "prox_on is 'experts', it must be 'all', 'shared' or 'router'"),
         (dict(deadline=0.0), "deadline is 0.0"),
         (dict(router="other"), "router is 'other', it must be 'shared', 'personal' or 'statistics'"),
         (dict(router_prior=float("nan")), "router_prior is nan"),

@@ -257,6 +257,18 @@ def test_every_model_trains(model, tmp_path):
         assert records[-1]["train_loss"] < 0.8 * records[0]["train_loss"]
 
 
+def test_label_priors_are_part_of_the_loss_of_a_run(tmp_path):
+    small = dict(
+        split="classes", population=20, cohort=4, rounds=3, eval_every=3, loss="balanced_softmax", prox=0.1, prox_on="shared", agreement=0.2
+    )
+    runs = [trainer.Run(setup.build(TrainConfig(**(small | changes)))) for changes in ({}, {"loss": "cross_entropy"})]
+    first, other = ([record for (record,) in run.blocks()] for run in runs)
+    assert np.abs(runs[0].setup.population.label_prior).max() > 1 and runs[1].setup.population.label_prior is None
+    assert first[0]["train_loss"] < 0.9 * other[0]["train_loss"]  # two classes of ten are known from the start
+    with pytest.raises(ValueError, match="loss: balanced_softmax does not go with stream"):
+        setup.build(TrainConfig(**small, stream=2))
+
+
 def test_a_model_that_does_not_fit_the_data_is_refused(tmp_path):
     file = text(tmp_path / "text.npz")
     with pytest.raises(ValueError, match="model: mlp does not fit data"):

@@ -8,37 +8,60 @@ from fedmoe_jax.base import Aggregator, ClientUpdate
 from fedmoe_jax.experts import combine, groups, map_groups, num_experts
 
 
-def mean() -> Aggregator:
+def mean(*, agreement: float = 0.0) -> Aggregator:
     """The weighted mean of the clients' deltas.
 
     An expert's delta is weighted by the tokens that the client routed to it, the shared delta by the client's examples
-    [1]. An expert that nobody trained, and a shared part that nobody trained, get delta 0. Reads sums only.
+    [1]. An expert that nobody trained, and a shared part that nobody trained, get delta 0. Reads sums only, but for `agreement`.
+
+    Args:
+      agreement: where the signs of the clients' deltas of one number agree less, the mean is multiplied by how far they do: the
+        magnitude of their weighted mean, from 0 to 1 [2]. 0 for the plain mean; otherwise it needs each client's deltas.
+
+    Raises:
+      ValueError: if `agreement` is out of its range.
 
     References:
       [1] McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017.
+      [2] Tenison et al., "Gradient Masked Averaging for Federated Learning", TMLR 2023, equation 4.
     """
+    if not 0 <= agreement <= 1:
+        raise ValueError(f"agreement is {agreement}, it must be from 0 to 1")
 
     def init(experts, shared):
         zeros = jax.tree.map(jnp.zeros_like, (experts, shared))
-        return zeros, (jnp.zeros(len(groups(experts)) * num_experts(experts)), jnp.zeros(()))
+        signs = jax.tree.map(jnp.zeros_like, zeros) if agreement else None
+        return zeros, signs, (jnp.zeros(len(groups(experts)) * num_experts(experts)), jnp.zeros(()))
 
     def add(total, update: ClientUpdate):
-        (experts, shared), (tokens, examples) = total
+        sums, signs, (tokens, examples) = total
         weight = update.tokens.astype(jnp.float32)
         each = update.examples.astype(jnp.float32)
-        sums = combine(update.experts, update.held, weight, tokens.shape[0] // len(groups(experts)))
+
+        def plus(sums, deltas):
+            experts = combine(deltas[0], update.held, weight, tokens.shape[0] // len(groups(sums[0])))
+            shared = jax.tree.map(lambda a, delta: a + kernels.shared_sum(delta, each), sums[1], deltas[1])
+            return jax.tree.map(jnp.add, sums[0], experts), shared
+
+        deltas = update.experts, update.shared
         counted = combine(jnp.ones_like(weight), update.held, weight, tokens.shape[0])
-        experts = jax.tree.map(jnp.add, experts, sums)
-        shared = jax.tree.map(lambda a, delta: a + kernels.shared_sum(delta, each), shared, update.shared)
-        return (experts, shared), (tokens + counted, examples + each.sum())
+        signs = plus(signs, jax.tree.map(jnp.sign, deltas)) if agreement else None
+        return plus(sums, deltas), signs, (tokens + counted, examples + each.sum())
 
     def finish(total):
-        (experts, shared), (tokens, examples) = total
+        sums, signs, (tokens, examples) = total
 
         def per_expert(tokens, value):
             weight = tokens.reshape(-1, *(1,) * (value.ndim - 1))
             return jnp.where(weight > 0, value / jnp.maximum(weight, 1), 0)
 
-        return map_groups(per_expert, groups(experts), tokens, experts), jax.tree.map(lambda a: a / jnp.maximum(examples, 1), shared)
+        def means(sums):
+            experts, shared = sums
+            return map_groups(per_expert, groups(experts), tokens, experts), jax.tree.map(lambda a: a / jnp.maximum(examples, 1), shared)
 
-    return Aggregator(init, add, finish, needs="sum")
+        if not agreement:
+            return means(sums)
+        agreed = jax.tree.map(lambda sign: jnp.where(jnp.abs(sign) < agreement, jnp.abs(sign), 1.0), means(signs))
+        return jax.tree.map(jnp.multiply, means(sums), agreed)
+
+    return Aggregator(init, add, finish, needs="deltas" if agreement else "sum")

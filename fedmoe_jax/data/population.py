@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from fedmoe_jax.base import Batch, ClientProfile, pytree, static
 
@@ -23,6 +23,7 @@ class Population:
       offsets: where each client starts in `order`, and where the last one ends.
       profile: what each client can afford.
       largest: examples of the largest client.
+      label_prior: log of how much more frequent each class is with a client than with all; None if that is not known.
     """
 
     x: Shaped[Array, "example ..."]
@@ -31,6 +32,7 @@ class Population:
     offsets: Int[Array, " population_and_end"]
     profile: ClientProfile
     largest: int = static()
+    label_prior: Float[Array, "population class"] | None = None
 
     @classmethod
     def from_arrays(
@@ -39,6 +41,7 @@ class Population:
         y: Array | np.ndarray,
         client_indices: Sequence[np.ndarray],
         profile: ClientProfile | None = None,
+        label_prior: Array | np.ndarray | None = None,
     ) -> "Population":
         """Builds a population from a data set and each client's examples.
 
@@ -49,11 +52,14 @@ class Population:
           client_indices: for each client the rows that it owns; may be empty. No row has two owners; a row may have
             none.
           profile: one entry a client; None is the same plain phone for all (`devices.PLAIN`).
+          label_prior: one row a client, for `models.losses.balanced_softmax`.
 
         Raises:
           ValueError: if the argument that it names has a wrong dtype, length or index.
         """
         order, offsets, profile = checked(x, y, client_indices, profile)
+        if label_prior is not None and (label_prior.ndim != 2 or len(label_prior) != len(client_indices)):
+            raise ValueError(f"label_prior must have shape ({len(client_indices)}, classes), not {label_prior.shape}")
         return cls(
             x=jnp.asarray(x),
             y=jnp.asarray(y),
@@ -61,6 +67,7 @@ class Population:
             offsets=jnp.asarray(offsets, jnp.int32),
             profile=profile,
             largest=int(np.diff(offsets).max()),
+            label_prior=None if label_prior is None else jnp.asarray(label_prior, jnp.float32),
         )
 
     @property
@@ -84,7 +91,8 @@ class Population:
         mask = (position >= 0) & (position < size)
         place = jnp.where(mask, start + position, start)  # of its own examples: those of others may be broken
         row = jax.lax.optimization_barrier(self.order[place])  # else looked up for each number of x
-        return Batch(x=self.x[row], y=self.y[row], mask=mask)
+        prior = None if self.label_prior is None else self.label_prior[jnp.clip(client, 0, self.num_clients - 1)]
+        return Batch(x=self.x[row], y=self.y[row], mask=mask, label_prior=prior)
 
     def _span(self, client):
         exists = (client >= 0) & (client < self.num_clients)

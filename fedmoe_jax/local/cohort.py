@@ -28,7 +28,7 @@ class Trainer(NamedTuple):
     batch_size: int
     local_epochs: int | None
     local_steps: int | None
-    prox: float
+    prox: tuple[float, ...]
     personal: bool
     solo_examples: int
     chunk_size: int

@@ -14,6 +14,7 @@ References:
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +82,7 @@ def train(
     batch_size: int,
     local_epochs: int | None,
     local_steps: int | None,
-    prox: float,
+    prox: Sequence[float],
 ) -> LocalResult:
     """Trains one client; vmap lifts it to a cohort. Same result as `primal.train`, to rounding.
 
@@ -113,8 +114,8 @@ def train(
         args = weights, histories, batch, filled, prior, jax.random.fold_in(key, index)
         (grads, seen), (losses, rights, sent) = jax.grad(loss, (0, 1), has_aux=True)(small, taps, *args)
         grads = [g if use is None else _unit(leaf, index + 1, most) for leaf, g, use in zip(received, grads, uses, strict=True)]
-        if prox:
-            grads = [g + prox * (w - w0) for g, w, w0 in zip(grads, weights, start, strict=True)]
+        pulled = zip(prox, grads, weights, start, strict=True)
+        grads = [g + pull * (w - w0) if pull else g for pull, g, w, w0 in pulled]
         updates, new_state = optimizer.update(tree(grads), optimizer_state, tree(weights))
         sums = (
             tokens + sent.sum(0),

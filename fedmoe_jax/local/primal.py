@@ -1,6 +1,7 @@
 """Local training with each client's own copy of the weights it holds: the primal engine."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fedmoe_jax.base import Batch, LossFn, Population, pytree
-from fedmoe_jax.experts import Partition, Slots, bind, by_group, groups, report
+from fedmoe_jax.experts import Partition, RouterParam, Slots, bind, by_group, groups, report
 from fedmoe_jax.kernels import is_dual
 from fedmoe_jax.sampling import permutation
 
@@ -44,6 +45,29 @@ def objective(
     correct = jnp.where(batch.mask, aux.get("correct", jnp.zeros_like(loss)), 0)
     mean = loss.sum() / jnp.maximum(batch.mask.sum(), 1)
     return mean + penalty, (loss, correct, jnp.where(batch.mask[:, None], tokens, 0))
+
+
+def pulls(parts: Partition, prox: float, prox_on: str) -> tuple[float, ...]:
+    """Weight of FedProx's pull [1] on each leaf of (experts, shared).
+
+    Args:
+      prox: the weight where it pulls.
+      prox_on: "all" weights, the "shared" part alone, or the rows of the "router" alone, so that what a client does not hold is
+        not left behind.
+
+    Raises:
+      ValueError: if there is no such part.
+
+    References:
+      [1] Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, eq. 2.
+    """
+    if prox_on not in ("all", "shared", "router"):
+        raise ValueError(f"prox_on is {prox_on!r}, it must be 'all', 'shared' or 'router'")
+    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+    experts, shared = (jax.tree.leaves(tree, is_leaf=is_variable) for tree in (parts.experts, parts.shared))
+    routers = [isinstance(variable, RouterParam) for variable in experts] + [False] * len(shared)
+    chosen = {"all": [True] * len(routers), "shared": [False] * len(experts) + [True] * len(shared), "router": routers}[prox_on]
+    return tuple(prox if pulled else 0.0 for pulled in chosen)
 
 
 def num_steps(num_examples: Int[Array, ""], *, batch_size: int, local_epochs: int | None, local_steps: int | None) -> Any:
@@ -83,13 +107,13 @@ def train(
     batch_size: int,
     local_epochs: int | None,
     local_steps: int | None,
-    prox: float,
+    prox: Sequence[float],
     correction: PyTree | None = None,
 ) -> LocalResult:
     """Trains one client's slots and its copy of the shared parameters; vmap lifts it to a cohort.
 
     `experts` has the slots of each weight's group, `held` and `prior` those of all groups, group after group.
-    `prox` is the weight of FedProx's pull towards the received weights (Li et al., MLSys 2020, eq. 2). `correction`, of
+    `prox` is the weight of the pull of each leaf towards what was received, see `pulls`. `correction`, of
     (experts, shared), is added to each gradient, see `scaffold`. Under vmap clients with fewer steps wait, unchanged, for the
     one with the most.
     """
@@ -103,8 +127,9 @@ def train(
         if correction is not None:
             seen = jax.tree.map(jnp.add, seen, grads)
             grads = jax.tree.map(jnp.add, grads, correction)
-        if prox:
-            grads = jax.tree.map(lambda g, w, w0: g + prox * (w - w0), grads, weights, received)
+        if any(prox):
+            leaves = zip(prox, *map(jax.tree.leaves, (grads, weights, received)), strict=True)
+            grads = jax.tree.unflatten(jax.tree.structure(grads), [g + pull * (w - w0) if pull else g for pull, g, w, w0 in leaves])
         updates, optimizer_state = optimizer.update(grads, optimizer_state, weights)
         sums = (tokens + sent.sum(0), correct + rights @ sent, loss + losses @ sent, total + losses.sum(), trained + batch.mask.sum())
         return optax.apply_updates(weights, updates), optimizer_state, sums, seen

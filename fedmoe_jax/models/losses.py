@@ -37,6 +37,22 @@ def cross_entropy(model: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Float[
     return mean(loss), {"correct": mean((logits.argmax(-1) == y).astype(jnp.float32))}
 
 
+def balanced_softmax(model: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, " example"], dict[str, Float[Array, " example"]]]:
+    """`cross_entropy` of logits to which the client's label prior is added [1], so that the model need not learn it.
+
+    Raises:
+      ValueError: if the population knows no label priors.
+
+    References:
+      [1] Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, equation 3; for clients: Zhang et al.,
+          "Federated Learning with Label Distribution Skew via Logits Calibration", ICML 2022.
+    """
+    prior = batch.label_prior
+    if prior is None:
+        raise ValueError("batch.label_prior is None: balanced_softmax needs Population.from_arrays(..., label_prior=...)")
+    return cross_entropy(lambda x: model(x) + prior, batch, key)
+
+
 def augmented(loss_fn: LossFn) -> LossFn:
     """A loss of images that are changed at random [1], see `augment`; for training, evaluation should see them as they are.
 

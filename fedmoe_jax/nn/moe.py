@@ -182,6 +182,13 @@ class MoE(nnx.Module):
         return project(hidden, self.w_out, self.b_out)
 
 
+def mix_all(model: nnx.Module) -> None:
+    """Makes every MoE layer of a model send each token to all experts, with the probabilities of its router as gates."""
+    for _, layer in nnx.iter_graph(model):
+        if isinstance(layer, MoE):
+            layer.top_k, layer.token_capacity, layer.renormalize = layer.router.shape[0], None, True
+
+
 def _check(features, hidden, num_experts, top_k, activation, token_capacity, shared_experts):
     for name, value in (("features", features), ("hidden", hidden), ("num_experts", num_experts)):
         if value < 1:

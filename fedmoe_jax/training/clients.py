@@ -37,12 +37,16 @@ def shifted(config: TrainConfig, dataset: sources.Dataset, clients: list[np.ndar
         raise ValueError(str(error).removeprefix("num_").replace(" ", ": ", 1)) from None
 
 
-def label_prior(dataset: sources.Dataset, owned: list[np.ndarray]) -> jax.Array:
-    """Log of how much more frequent a label is with a client than with all of those that are `evaluated`: [client, class].
+def label_prior(dataset: sources.Dataset, owned: list[np.ndarray], chosen: np.ndarray | None = None) -> jax.Array:
+    """Log of how much more frequent a label is with a client than with all of those `chosen`: [client, class].
 
     One is added to every count. A model of all clients knows their common frequencies already.
+
+    Args:
+      owned: the training examples of each client.
+      chosen: by default those that are `evaluated`.
     """
-    chosen = np.asarray(evaluated(len(owned)))
+    chosen = np.asarray(evaluated(len(owned))) if chosen is None else chosen
     counts = np.ones((len(chosen), dataset.num_classes), np.float32)
     for row, client in zip(counts, chosen, strict=True):
         labels = dataset.y[owned[client]]

@@ -20,9 +20,11 @@ SPLITS = ("iid", "dirichlet", "classes", "natural")
 MODELS = ("mlp", "resnet", "transformer")
 ALIGNERS = ("random", "greedy", "load_only", "balanced", "full")
 FITNESSES = ("solo", "loss", "accuracy", "usage")
-ROUTERS = ("shared", "personal", "statistics")
+ROUTERS = ("shared", "personal", "soft", "statistics")
 PROFILES = tuple(SOURCES)
 PROFILE_FILES = (".json", ".jsonl")
+LOSSES = ("cross_entropy", "balanced_softmax")
+PULLED = ("all", "shared", "router")
 ASSIGNMENTS = ("shared", "per_layer")
 ENGINES = ("auto", "primal", "dual")
 DTYPES = ("float32", "bfloat16")
@@ -92,6 +94,12 @@ class TrainConfig:
     """Server learning rate over the rounds: constant, cosine or linear."""
     prox: float = 0.0
     """Weight of the FedProx term, which pulls clients to the global model."""
+    prox_on: str = "all"
+    """What it pulls: all weights, the shared part, or the rows of the router."""
+    agreement: float = 0.0
+    """How far the signs of clients' updates of a number must agree, 0 to 1, lest it changes less; 0 for the plain mean."""
+    loss: str = "cross_entropy"
+    """What clients minimise: cross_entropy, or balanced_softmax, which adds a client's label prior to its logits."""
     control_variates: bool = False
     """Clients correct their gradients as in SCAFFOLD, which doubles the traffic."""
     compress_bits: int | None = None
@@ -113,7 +121,7 @@ class TrainConfig:
     probes: int = 1
     """Experts that a client tries each round without training them."""
     router: str = "shared"
-    """shared, personal (router rows stay on the client) or statistics (the global model routes by what experts were sent)."""
+    """shared; personal, rows stay on the client; soft, to all experts in the global model; statistics, there by what experts were sent."""
     router_prior: float = 0.0
     """Multiple of a client's centred fitness that its router logits get."""
     tolerance: float | None = None
@@ -162,6 +170,8 @@ _NAMES = {
     "router": ROUTERS,
     "profile": PROFILES,
     "engine": ENGINES,
+    "loss": LOSSES,
+    "prox_on": PULLED,
     "dtype": DTYPES,
     "client_optimizer": OPTIMIZERS,
     "server_optimizer": OPTIMIZERS,
@@ -175,10 +185,10 @@ _LEAST = {
     **dict.fromkeys(("local_steps", "batch_size", "eval_every", "checkpoint_every", "chunk", "stream"), 1),
     **dict.fromkeys(("domains", "compress_bits", "broadcast_bits"), 2),
     **dict.fromkeys(("shared_experts", "probes", "seed", "balance_weight", "prox", "router_prior", "tolerance"), 0),
-    **dict.fromkeys(("demand", "least_spread", "speed_bias", "speed_jitter"), 0),
+    **dict.fromkeys(("demand", "agreement", "least_spread", "speed_bias", "speed_jitter"), 0),
 }
 _ABOVE_ZERO = ("availability", "alpha", "client_lr", "server_lr", "shared_lr", "beta", "deadline", "target", "compress_share")
-_MOST = {**dict.fromkeys(("availability", "demand", "beta", "target", "compress_share"), 1), "seed": 2**32 - 1}
+_MOST = {**dict.fromkeys(("availability", "demand", "beta", "target", "compress_share", "agreement"), 1), "seed": 2**32 - 1}
 _MOST |= dict.fromkeys(("compress_bits", "broadcast_bits"), 8)
 _MOST_FIELD = {"cohort": "population", "slots": "experts", "top_k": "experts", "probes": "experts"}
 

@@ -16,6 +16,7 @@ from fedmoe_jax.base import NO_EXPERT, Aligner, Batch, stage_key
 from fedmoe_jax.data import sources
 from fedmoe_jax.experts import Slots, bind, gather, groups, num_experts
 from fedmoe_jax.local.cohort import own_routers
+from fedmoe_jax.nn.moe import mix_all
 from fedmoe_jax.round import State
 from fedmoe_jax.training import metrics
 from fedmoe_jax.training.checkpoint import Checkpoints
@@ -29,7 +30,7 @@ _CHUNK = 50
 
 
 def global_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
-    """evaluate(state) -> eval_loss and eval_accuracy: all experts, shared router or that of statistics, no prior, the global test set."""
+    """evaluate(state) -> eval_loss and eval_accuracy: all experts, routed as the configuration says, no prior, the global test set."""
     parts = setup.parts
     experts = len(groups(parts.experts)) * num_experts(parts.experts)
     size = min(_BATCH, len(setup.test[0]))
@@ -40,6 +41,8 @@ def global_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
         model = bind(parts, *weights, Slots(jnp.ones(experts, bool), jnp.zeros(experts), mask))
         if routers is not None:
             posterior.serve(model, routers)
+        if setup.config.router == "soft":
+            mix_all(model)
         loss, aux = setup.loss_fn(model, Batch(x[rows], y[rows], mask), key)
         correct = aux.get("correct", jnp.full_like(loss, jnp.nan))
         return jnp.where(mask, loss, 0).sum(), jnp.where(mask, correct, 0).sum()

@@ -59,12 +59,14 @@ class Setup:
         """The round, with `chunk` clients trained side by side."""
         config = self.config
         conditions = varying(availability=config.availability, speed_bias=config.speed_bias, speed_jitter=config.speed_jitter)
-        loss_fn = models.losses.augmented(self.loss_fn) if config.augment else self.loss_fn
+        loss_fn = getattr(models.losses, config.loss)
+        loss_fn = models.losses.augmented(loss_fn) if config.augment else loss_fn
         return federated_moe(
             self.model, loss_fn, client_optimizer=client_optimizer(config), server_optimizer=server_optimizer(config),
             aligner=self.aligner, cohort_size=config.cohort, batch_size=config.batch_size, local_steps=config.local_steps,
-            local_epochs=None if config.local_steps is not None else config.local_epochs, prox=config.prox, router=config.router,
-            router_prior=config.router_prior, deadline=config.deadline, chunk_size=chunk, conditions=conditions,
+            local_epochs=None if config.local_steps is not None else config.local_epochs, prox=config.prox, prox_on=config.prox_on,
+            router="shared" if config.router == "soft" else config.router, router_prior=config.router_prior,
+            deadline=config.deadline, chunk_size=chunk, conditions=conditions,
             solo_examples=self.solo_examples, engine=config.engine, control_variates=config.control_variates,
             aggregator=aggregator(config), broadcast=broadcast(config),
         )  # fmt: skip
@@ -157,12 +159,16 @@ def build(config: TrainConfig) -> Setup:
     train, held_out = splits.holdout(owners, LOCAL_TEST_FRACTION, config.seed)
     profile, test = clients.profile(config, len(owners)), (jnp.asarray(dataset.test_x), jnp.asarray(dataset.test_y))
     labels = dict(num_classes=dataset.num_classes, label_prior=clients.label_prior(dataset, train))
+    if config.stream is not None and config.loss == "balanced_softmax":
+        raise ValueError("loss: balanced_softmax does not go with stream; leave out one of them")
     if config.stream is not None:
         stream, of_test = (Stream.from_arrays(dataset.x, dataset.y, owned, profile) for owned in (train, held_out))
         holdout = of_test.window(np.asarray(clients.evaluated(len(owners))))
         return dataclasses.replace(_assemble(config, stream.index, holdout, test, labels), stream=stream)
     x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
-    population, holdout = (Population.from_arrays(x, y, owned, profile) for owned in (train, held_out))
+    prior = clients.label_prior(dataset, train, np.arange(len(train))) if config.loss == "balanced_softmax" else None
+    population = Population.from_arrays(x, y, train, profile, prior)
+    holdout = Population.from_arrays(x, y, held_out, profile)
     return _assemble(config, population, holdout, test, labels)
 
 
@@ -241,7 +247,7 @@ def aggregator(config: TrainConfig) -> Aggregator:
         transforms.append(aggregation.sparsify(share=config.compress_share))
     if config.compress_bits is not None:
         transforms.append(aggregation.quantize(bits=config.compress_bits, rotate=config.rotate))
-    return aggregation.chain(*transforms, aggregation.mean())
+    return aggregation.chain(*transforms, aggregation.mean(agreement=config.agreement))
 
 
 def broadcast(config: TrainConfig) -> aggregation.Transform | None:
