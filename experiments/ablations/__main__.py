@@ -14,7 +14,7 @@ GLOBAL = (
     "statistics+shared_expert",
     "statistics+server_adam",
     "statistics+shared_expert+server_adam",
-    "fedprox",
+    *("fedprox", "fedprox_shared", "fedprox_router", "balanced_softmax", "agreement", "soft"),
 )
 """What may help the global model, on cells whose clients differ, with the baseline."""
 ALONE = (
