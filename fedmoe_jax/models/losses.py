@@ -51,7 +51,8 @@ def augmented(loss_fn: LossFn) -> LossFn:
 
 
 def augment(key: Key[Array, ""], x: Shaped[Array, "example *shape"]) -> Shaped[Array, "example *shape"]:
-    """Images [example, height, width] or [..., channel], each mirrored with a chance of a half and shifted by up to an eighth of height and width, zeros coming in.
+    """Images [example, height, width] or [..., channel], each mirrored with a chance of a half and shifted by up to an eighth of
+    height and width, zeros coming in.
 
     Raises:
       ValueError: if `x` are no images.
