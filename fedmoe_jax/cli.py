@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ class BenchOptions:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0 when done, 2 after a user's mistake, 1 after anything else."""
+    """Runs one command. Returns 0 when done, 2 after a user's mistake, 130 or 143 after Ctrl-C or SIGTERM, 1 after anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words:
         print("fedmoe: give a command: train, compare, eval, report, profile or bench; see fedmoe --help", file=sys.stderr)
@@ -94,10 +95,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"fedmoe {words[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted" + ("; continue with --resume" if words[0] == "train" else ""), file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"fedmoe {words[0]}: interrupted{_go_on(words)}", file=sys.stderr)
+        return 128 + getattr(error, "number", signal.SIGINT)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else " ".join(str(error).split())
+        print(f"fedmoe {words[0]}: {reason}{_go_on(words)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _go_on(words: list[str]) -> str:
+    """How to go on with a run that has ended early, where it has left something."""
+    folder = _out(words) if words[0] == "train" else None
+    return f"; go on with fedmoe train --resume --out {folder}" if folder and (Path(folder) / "config.toml").is_file() else ""
 
 
 def _train(words: list[str]) -> None:
@@ -119,10 +130,15 @@ def _train(words: list[str]) -> None:
 
 def _stored(words: list[str]) -> TrainConfig | None:
     """The configuration of the run that --resume continues, which flags need not repeat."""
+    path = Path(_out(words) or "") / "config.toml"
+    return TrainConfig(**from_toml(path)) if _out(words) and path.is_file() else None
+
+
+def _out(words: list[str]) -> str | None:
+    """The value of --out, if there is one."""
     given = [word.removeprefix("--out=") for word in words if word.startswith("--out=")]
     given += [after for word, after in itertools.pairwise(words) if word == "--out"]
-    path = Path(given[-1]) / "config.toml" if given else Path()
-    return TrainConfig(**from_toml(path)) if path.is_file() else None
+    return given[-1] if given else None
 
 
 def _compare(words: list[str]) -> None:

@@ -1,6 +1,7 @@
 """A data set in memory: checked arrays for training and a global test set, and its split over clients."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 from fedmoe_jax.data import partition
 
 _SPLITS = ("iid", "dirichlet", "classes", "natural")
+_BLOCK = 1 << 22
 _KEYS = ("x", "y", "test_x", "test_y", "client_ids", "num_classes", "task")
 
 
@@ -36,6 +38,22 @@ class Dataset:
     name: str
     task: Literal["classification", "next_token"]
     held_out: bool = False
+
+    def digest(self) -> str:
+        """A digest of all arrays: their dtypes, shapes and bytes."""
+        arrays = (self.x, self.y, self.test_x, self.test_y, self.client_ids)
+        return digest_of(array for array in arrays if array is not None)
+
+
+def digest_of(arrays: Iterable[np.ndarray]) -> str:
+    """SHA-256 of the dtypes, shapes and bytes of arrays, a few megabytes at a time."""
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(f"{array.dtype.str}{array.shape}".encode())
+        flat, step = array.reshape(-1), max(1, _BLOCK // max(1, array.itemsize))
+        for start in range(0, flat.size, step):
+            sha.update(np.ascontiguousarray(flat[start : start + step]).view(np.uint8).data)
+    return sha.hexdigest()
 
 
 def from_arrays(arrays: Mapping[str, Any], name: str, *, seed: int = 0, test_fraction: float = 0.2) -> Dataset:

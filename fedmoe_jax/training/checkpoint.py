@@ -1,6 +1,12 @@
-"""Checkpoints of a run: a pytree and a JSON object a round, written at once by Orbax."""
+"""Checkpoints of a run: a pytree and a JSON object a round, complete or not there at all, and told apart when damaged."""
 
+import contextlib
+import json
+import os
 import shutil
+import threading
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +16,28 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+SCHEMA = 2
+"""Number of the form in which checkpoints are written; others are refused."""
+
+_ABOUT = "checkpoint.json"
 _SHOWN = 3  # differences named in an error
+
+
+class DamagedError(ValueError):
+    """A checkpoint that is not what was written."""
 
 
 class Checkpoints:
     """The checkpoints in a folder, of which the newest `keep` stay.
 
     A state may be any pytree: it is stored as a flat table from path to array, so that its structure is checked on
-    restore. Typed PRNG keys are stored as their data.
+    restore. Typed PRNG keys are stored as their data. A checkpoint is written beside the others and renamed when it is
+    complete, with the size and CRC-32 of each of its files: a killed run or a full disk leaves those before as they were, and nothing
+    is read of a file that has changed.
+
+    Writing waits for the disk. Orbax can also write on a thread, which copies the state first, so that its buffers may be donated; but the
+    sizes, the rename and an error of the disk would then come with the next checkpoint or not at all, to save a moment in
+    `checkpoint_every` rounds.
     """
 
     def __init__(self, dir: str | Path, keep: int = 2):
@@ -25,61 +45,91 @@ class Checkpoints:
             raise ValueError(f"keep is {keep}, it must be at least 1")
         self.dir = Path(dir).absolute()
         self.keep = keep
-        self._manager: ocp.CheckpointManager | None = None
+        self._orbax: ocp.Checkpointer | None = None
+        self._damaged: list[int] = []
 
     def save(self, round: int, state: PyTree, extra: dict[str, Any] | None = None) -> None:
-        """Writes a checkpoint, in place of one of the same round, and returns when it is complete.
+        """Writes a checkpoint and returns when it is complete. One of the same round, those of later ones and damaged ones go.
 
         Args:
           round: rounds done so far.
           state: pytree of arrays, keys and numbers. Its buffers may be donated afterwards.
           extra: what JSON can hold.
+
+        Raises:
+          OSError: in one line, if it cannot be written; the checkpoints before are as they were.
         """
         entries = _flatten(state)
-        shapes = {name: _describe(value) for name, value in entries.items()}
+        content = {"shapes": {name: _describe(value) for name, value in entries.items()}, "extra": extra or {}}
         arrays = {name: _data(value) for name, value in entries.items()}
         stored = {name: value for name, value in arrays.items() if value.size}  # Orbax refuses arrays without elements
-        manager = self._writer()
-        if round in manager.all_steps():
-            manager.delete(round)
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(stored or {"": np.zeros(1)}),
-            extra=ocp.args.JsonSave({"shapes": shapes, "extra": extra or {}}),
-        )
-        if not manager.save(round, args=arguments, force=True):
-            raise ValueError(f"{self.dir}: round {round} was not saved")
+        new = self.dir / f".{round}.tmp"
+        try:
+            self._clear()
+            new.mkdir(parents=True)
+            with _quiet_threads():
+                self._checkpointer().save(new / "state", args=ocp.args.StandardSave(stored or {"": np.zeros(1)}))
+            _write_about(new, content | {"files": _files(new)})
+            if round in self.rounds():
+                self._remove(round)
+            new.rename(self.dir / str(round))
+        except Exception as error:  # TensorStore's errors of a full disk are of several types
+            shutil.rmtree(new, ignore_errors=True)
+            raise OSError(f"{self.dir}: the checkpoint of round {round} cannot be written ({_reason(error)})") from error
+        for other in self.rounds():
+            if other > round or (other in self._damaged and other != round):
+                self._remove(other)
+        self._damaged.clear()
+        for other in self.rounds()[: -self.keep]:
+            self._remove(other)
 
-    def restore(self, template: PyTree) -> tuple[int, PyTree, dict[str, Any]]:
-        """The newest checkpoint: (round, state, extra), with arrays placed like those of `template`.
+    def restore(
+        self,
+        template: PyTree,
+        *,
+        most: int | None = None,
+        check: Callable[[dict[str, Any]], Any] = lambda extra: None,
+        note: Callable[[str], Any] = lambda line: None,
+    ) -> tuple[int, PyTree, dict[str, Any]]:
+        """The newest checkpoint that is not damaged: (round, state, extra), with arrays placed like those of `template`.
 
         Args:
           template: a state of the same structure, shapes and types; only those are read (`jax.eval_shape` serves).
+          most: the latest round to go back to.
+          check: check(extra) raises an error where the checkpoint is not to be used, before its state is read.
+          note: told of each checkpoint that is passed over, in one line.
 
         Raises:
-          ValueError: if there is no checkpoint, it is damaged, or it differs from the template; names the first paths that do.
+          ValueError: if there is no checkpoint that serves, or it differs from the template or is of another version; names the first
+            paths that do.
         """
-        round = self.latest()
-        if round is None:
-            raise ValueError(f"{self.dir}: there is no checkpoint")
-        entries = _flatten(template)
-        with ocp.CheckpointManager(self.dir, options=ocp.CheckpointManagerOptions(create=False)) as manager:
-            about = self._read(manager, round, extra=ocp.args.JsonRestore())["extra"]
-            self._check(round, {name: _describe(value) for name, value in entries.items()}, about["shapes"])
-            wanted = {name: _abstract(value) for name, value in entries.items() if np.prod(value.shape)}
-            arrays = self._read(manager, round, state=ocp.args.StandardRestore(wanted))["state"] if wanted else {}
-        leaves, structure = jax.tree.flatten(template)
-        restored = [_undata(arrays.get(name), leaf) for name, leaf in zip(entries, leaves, strict=True)]
-        return round, jax.tree.unflatten(structure, restored), about["extra"]
+        rounds = [round for round in reversed(self.rounds()) if most is None or round <= most]
+        if not rounds:
+            late = f" of round {most} or before, where the metrics end" if self.rounds() else ""
+            raise ValueError(f"{self.dir}: there is no checkpoint{late}")
+        for round, before in zip(rounds, [*rounds[1:], None], strict=True):
+            try:
+                return self._restore(round, template, check)
+            except DamagedError as error:
+                self._damaged.append(round)
+                if before is None:
+                    raise
+                note(f"{error}: going back to that of round {before}")
+        raise AssertionError
+
+    def rounds(self) -> list[int]:
+        """The rounds of all checkpoints, damaged ones as well, ascending."""
+        return sorted(int(path.name) for path in self.dir.glob("*") if path.name.isascii() and path.name.isdecimal() and path.is_dir())
 
     def latest(self) -> int | None:
-        """The round of the newest complete checkpoint, or None."""
-        return max((int(path.name) for path in self.dir.glob("*") if path.name.isdecimal() and path.is_dir()), default=None)
+        """The round of the newest checkpoint, or None."""
+        return max(self.rounds(), default=None)
 
     def close(self) -> None:
-        """Waits for what is being written and releases the folder."""
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+        """Releases what writes and reads."""
+        if self._orbax is not None:
+            self._orbax.close()
+            self._orbax = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -87,22 +137,53 @@ class Checkpoints:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _writer(self):
-        if self._manager is None:
-            for torn in self.dir.glob("*.orbax-checkpoint-tmp*"):
+    def _checkpointer(self):
+        if self._orbax is None:
+            self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        return self._orbax
+
+    def _clear(self):
+        """Removes what a killed run was writing or removing."""
+        for pattern in (".*.tmp", "*.orbax-checkpoint-tmp*"):
+            for torn in self.dir.glob(pattern):
                 shutil.rmtree(torn, ignore_errors=True)
-            options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, create=True, enable_async_checkpointing=False)
-            self._manager = ocp.CheckpointManager(self.dir, options=options)
-        return self._manager
 
-    def _read(self, manager, round, **arguments):
+    def _remove(self, round):
+        """Renames first, so that no half of a checkpoint looks like one."""
+        old = self.dir / f".{round}.old.tmp"
+        (self.dir / str(round)).rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _restore(self, round, template, check):
+        folder, entries = self.dir / str(round), _flatten(template)
         try:
-            return manager.restore(round, args=ocp.args.Composite(**arguments))
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{self.dir}: the checkpoint of round {round} cannot be read ({reason})") from error
+            about = _read_about(folder)
+            known = about["schema"] == SCHEMA
+            changed = _changed(dict(about["files"]), _files(folder)) if known else None
+            shapes, extra = (dict(about[name]) if known else {} for name in ("shapes", "extra"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if (folder / "extra").is_dir() and not (folder / _ABOUT).exists():
+                raise ValueError(f"{folder}: was written by an earlier version of fedmoe_jax, which alone can continue the run") from None
+            raise self._damage(round, f"{_ABOUT}: {_reason(error)}") from error
+        if not known:
+            raise ValueError(f"{folder}: has the form {about['schema']!r} of another version of fedmoe_jax, this one reads {SCHEMA}")
+        if changed:
+            raise self._damage(round, changed)
+        check(extra)
+        self._compare(round, {name: _describe(value) for name, value in entries.items()}, shapes)
+        wanted = {name: _abstract(value) for name, value in entries.items() if np.prod(value.shape)}
+        try:
+            arrays = self._checkpointer().restore(folder / "state", args=ocp.args.StandardRestore(wanted)) if wanted else {}
+        except Exception as error:  # whatever Orbax says of files that are as they were written
+            raise self._damage(round, _reason(error)) from error
+        leaves, structure = jax.tree.flatten(template)
+        restored = [_undata(arrays.get(name), leaf) for name, leaf in zip(entries, leaves, strict=True)]
+        return round, jax.tree.unflatten(structure, restored), extra
 
-    def _check(self, round, wanted, found):
+    def _damage(self, round, reason):
+        return DamagedError(f"{self.dir}: the checkpoint of round {round} cannot be read ({reason})")
+
+    def _compare(self, round, wanted, found):
         differences = [f"{name} is missing" for name in wanted if name not in found]
         differences += [f"{name} is unexpected" for name in found if name not in wanted]
         differences += [
@@ -111,6 +192,70 @@ class Checkpoints:
         if differences:
             more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
             raise ValueError(f"{self.dir}: round {round} differs from the run: {'; '.join(differences[:_SHOWN])}{more}")
+
+
+@contextlib.contextmanager
+def _quiet_threads():
+    """Keeps Orbax's threads from printing the error that `save` raises as well."""
+    before, threading.excepthook = threading.excepthook, lambda arguments: None
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _write_about(folder, content):
+    """checkpoint.json: the content, and a CRC-32 of it beside."""
+    content = {"schema": SCHEMA, **content}
+    with open(folder / _ABOUT, "w", encoding="utf-8") as file:
+        json.dump({"crc32": _text_crc(content), "content": content}, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_about(folder):
+    about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+    if about["crc32"] != _text_crc(about["content"]):
+        raise ValueError("not what was written")
+    return about["content"]
+
+
+def _text_crc(content):
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _files(folder):
+    """Size and CRC-32 of every file of a checkpoint but checkpoint.json, which by then are on the disk."""
+    return {
+        path.relative_to(folder).as_posix(): _size_and_crc(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / _ABOUT
+    }
+
+
+def _size_and_crc(path):
+    size = crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+        os.fsync(file.fileno())
+    return [size, crc]
+
+
+def _changed(written, found):
+    """What differs between the files of a checkpoint as written and as found, or None."""
+    missing = [f"{name} is missing" for name in written if name not in found]
+    others = [f"{name} is not what was written" for name in found if written.get(name) != found[name]]
+    return next(iter(missing + others), None)
+
+
+def _reason(error):
+    """What an error says, short: TensorStore and Orbax wrap what the system says in much else."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    known = (os.strerror(number) for number in (28, 27, 122, 30, 13, 5))  # full, too large, quota, read-only, denied, I/O
+    return next((reason for reason in known if reason in text), text[:200])
 
 
 def _flatten(tree):

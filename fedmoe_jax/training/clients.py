@@ -6,6 +6,7 @@ import numpy as np
 
 from fedmoe_jax.base import ClientProfile, stage_key
 from fedmoe_jax.data import shift, sources
+from fedmoe_jax.data.dataset import digest_of
 from fedmoe_jax.sampling import cohort as sample
 from fedmoe_jax.training import profiles
 from fedmoe_jax.training.config import PROFILE_FILES, TrainConfig, num_clients
@@ -59,6 +60,11 @@ def evaluated(num_clients: int) -> jax.Array:
     """The clients whose own accuracy is measured: all, or of a larger population a random sample, the same for every seed."""
     most = min(num_clients, MAX_CLIENTS)
     return jnp.arange(num_clients) if most == num_clients else sample(jax.random.key(0), num_clients, most)
+
+
+def digest(profile: ClientProfile) -> str:
+    """A digest of what all clients can afford."""
+    return digest_of(map(np.asarray, jax.tree.leaves(profile)))
 
 
 def profile(config: TrainConfig, num_clients: int) -> ClientProfile:

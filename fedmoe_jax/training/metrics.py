@@ -96,9 +96,16 @@ def write_bytes(path: str | Path, write: Callable[[Any], Any]) -> None:
     try:
         with temporary.open("wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether this is what a killed `write_bytes` leaves."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -131,11 +138,19 @@ class MetricsLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
+    def whole(self) -> int:
+        """Rounds that the file has from 0 on, up to the first that is missing or damaged."""
+        lines = self._lines()
+        return next((number for number, line in enumerate(lines) if (_round(line) or {}).get("round") != number), len(lines))
+
     def truncate(self, round: int) -> None:
         """Drops the lines of `round` and later, and a torn last line: what a resumed run will write again."""
         if self.path.exists():
-            kept = [line for line in read(self.path) if line["round"] < round]
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_text(self.path, "".join(line + "\n" for line in self._lines()[:round]))
+
+    def _lines(self):
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        return text.split("\n")[:-1]  # what follows the last newline is empty or torn
 
 
 def read(path: str | Path) -> list[Record]:
@@ -150,14 +165,20 @@ def read(path: str | Path) -> list[Record]:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     records = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty or torn
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
-            value = None
-        if not isinstance(value, dict) or type(value.get("round")) is not int:
+        value = _round(line)
+        if value is None:
             raise ValueError(f"{path}: line {number} is not a round of metrics")
         records.append(value)
     return records
+
+
+def _round(line):
+    """The round that a line holds, or None."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and type(value.get("round")) is int else None
 
 
 def final(records: Sequence[Record], metric: str) -> int | float | None:
@@ -242,5 +263,12 @@ def git_revision() -> str | None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """The content of a JSON file.
+
+    Raises:
+      ValueError: in one line with the file, if it is damaged.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None

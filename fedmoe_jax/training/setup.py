@@ -38,7 +38,7 @@ LOCAL_TEST_FRACTION = 0.2
 class Setup:
     """What a run is made of. `population` holds the clients' training examples, `holdout` their own test splits.
 
-    `label_prior` is that of `clients.label_prior`.
+    `label_prior` is that of `clients.label_prior`. `digests` tell whether data and profiles are the same as before.
     With a `stream`, which then has the training examples, the population knows their number only.
     """
 
@@ -54,6 +54,7 @@ class Setup:
     loss_fn: Any
     fitness: Fitness
     stream: Stream | None = None
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def algorithm(self, chunk: int) -> Algorithm:
         """The round, with `chunk` clients trained side by side."""
@@ -154,22 +155,23 @@ def build(config: TrainConfig) -> Setup:
       ValueError: naming the field that cannot be.
     """
     dataset = sources.load(config.data)  # a test set that must be drawn is the same for every seed
-    owners = clients.split(config, dataset)
+    owners, content = clients.split(config, dataset), dataset.digest()
     dataset = clients.shifted(config, dataset, owners)
     train, held_out = splits.holdout(owners, LOCAL_TEST_FRACTION, config.seed)
     profile, test = clients.profile(config, len(owners)), (jnp.asarray(dataset.test_x), jnp.asarray(dataset.test_y))
+    digests = {"data": content, "profile": clients.digest(profile)}
     labels = dict(num_classes=dataset.num_classes, label_prior=clients.label_prior(dataset, train))
     if config.stream is not None and config.loss == "balanced_softmax":
         raise ValueError("loss: balanced_softmax does not go with stream; leave out one of them")
     if config.stream is not None:
         stream, of_test = (Stream.from_arrays(dataset.x, dataset.y, owned, profile) for owned in (train, held_out))
         holdout = of_test.window(np.asarray(clients.evaluated(len(owners))))
-        return dataclasses.replace(_assemble(config, stream.index, holdout, test, labels), stream=stream)
+        return dataclasses.replace(_assemble(config, stream.index, holdout, test, labels), stream=stream, digests=digests)
     x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
     prior = clients.label_prior(dataset, train, np.arange(len(train))) if config.loss == "balanced_softmax" else None
     population = Population.from_arrays(x, y, train, profile, prior)
     holdout = Population.from_arrays(x, y, held_out, profile)
-    return _assemble(config, population, holdout, test, labels)
+    return dataclasses.replace(_assemble(config, population, holdout, test, labels), digests=digests)
 
 
 def variant(setup: Setup, config: TrainConfig) -> Setup:
@@ -177,7 +179,7 @@ def variant(setup: Setup, config: TrainConfig) -> Setup:
     made = _assemble(
         config, setup.population, setup.holdout, setup.test, dict(num_classes=setup.num_classes, label_prior=setup.label_prior)
     )
-    return dataclasses.replace(made, stream=setup.stream)
+    return dataclasses.replace(made, stream=setup.stream, digests=setup.digests)
 
 
 def _assemble(config, population, holdout, test, labels):

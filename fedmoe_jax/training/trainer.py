@@ -1,6 +1,7 @@
 """A run: rounds in blocks between evaluations, and everything that it leaves in its folder."""
 
 import contextlib
+import dataclasses
 import os
 import resource
 import sys
@@ -19,12 +20,15 @@ from fedmoe_jax.training import metrics
 from fedmoe_jax.training.checkpoint import Checkpoints
 from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, located, to_toml, validate
 from fedmoe_jax.training.evaluate import client_evaluation, global_evaluation
+from fedmoe_jax.training.interrupt import Interrupts, alone
 from fedmoe_jax.training.metrics import MetricsLog, Record
 from fedmoe_jax.training.plots import draw_run
 from fedmoe_jax.training.progress import Progress
 from fedmoe_jax.training.report import write_report
 from fedmoe_jax.training.setup import Setup, build
 from fedmoe_jax.training.weights import save_weights
+
+_MAY_CHANGE = ("chunk",)  # fields that --resume may give otherwise: results change by rounding only
 
 Callback = Callable[[State, Record], Any]
 """callback(state, record), called after each round's record is written.
@@ -49,33 +53,54 @@ def train(
       The content of summary.json.
 
     Raises:
-      UsageError: if `out` cannot be used.
-      ValueError: naming the field that cannot be.
+      UsageError: if `out` cannot be used, or the data are not those that the run began with.
+      ValueError: naming the field that cannot be, or the checkpoint.
+      Interrupted: after SIGTERM or SIGINT, when the block of rounds in flight has ended and its checkpoint is written.
+      OSError: if something cannot be written; what was written before stays, and the run can be continued.
     """
     validate(config)
     config, out = located(config), Path(out)
     claim(out, config, resume)
     if resume and (out / "summary.json").exists():
-        return metrics.read_json(out / "summary.json")
-    setup = build(config)
-    log = MetricsLog(out / "metrics.jsonl")
-    with Checkpoints(out / "checkpoints") as checkpoints, Progress(config.rounds) as progress:
+        return _finished(out)
+    log, checkpoints = MetricsLog(out / "metrics.jsonl"), Checkpoints(out / "checkpoints")
+    started = resume and checkpoints.latest() is not None  # then what it started from is not needed
+    with Interrupts() as interrupts, checkpoints, Progress(config.rounds) as progress:
+        setup = build(dataclasses.replace(config, init_from=None) if started else config)
         run = Run(setup, note=progress.note)
-        metrics.write_text(out / "config.toml", to_toml(config))
-        if resume:
-            run.restore(checkpoints)
-            log.truncate(run.done)
-        for (record,) in run.blocks(checkpoints, trace):
-            log.append(record)
-            progress.update(record)
-            if callback is not None:
-                callback(run.state, record)
-        save_weights(out / "weights.npz", run.state)
-    records = metrics.read(log.path)
+        with alone(out):
+            claim(out, config, resume)
+            for torn in filter(metrics.is_unfinished, out.iterdir()):
+                torn.unlink()
+            metrics.write_text(out / "config.toml", to_toml(config))
+            if resume:
+                run.restore(checkpoints, most=log.whole())
+                log.truncate(run.done)
+            with interrupts.deferred():
+                for (record,) in run.blocks(checkpoints, trace, stop=interrupts.pending):
+                    log.append(record)
+                    progress.update(record)
+                    if callback is not None:
+                        callback(run.state, record)
+            return _finish(out, run, log)
+
+
+def _finish(out: Path, run: "Run", log: MetricsLog) -> dict[str, Any]:
+    """Writes what a run leaves at its end, summary.json and then the report last."""
+    save_weights(out / "weights.npz", run.state)
+    records, config = metrics.read(log.path), run.setup.config
     summary = metrics.summarise(records, config.target, seed=config.seed)
-    draw_run(records, out / "plots", setup.aligner_scores(run.state))
+    draw_run(records, out / "plots", run.setup.aligner_scores(run.state))
     metrics.write_json(out / "summary.json", summary)
     write_report(out)
+    return summary
+
+
+def _finished(out: Path) -> dict[str, Any]:
+    """The summary of a run that has ended, with the report that it may have been about to write."""
+    summary = metrics.read_json(out / "summary.json")
+    if not (out / "report.html").exists():
+        write_report(out)
     return summary
 
 
@@ -89,14 +114,14 @@ def claim(out: Path, config: Any, resume: bool) -> None:
         above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
         if above != out and not (above.is_dir() and os.access(above, os.W_OK)):
             raise UsageError(f"--out {out} cannot be written: {above} is no folder to write to")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or not all(map(metrics.is_unfinished, out.iterdir()))):
             raise UsageError(f"--out {out} is not empty: choose a new folder, or continue its run with --resume")
         return
     if not (out / "config.toml").exists():
         raise UsageError(f"--resume: {out} holds no run to continue")
     before = located(type(config)(**from_toml(out / "config.toml", type(config))))
-    if before != config:
-        names = [name for name in config.__dataclass_fields__ if getattr(before, name) != getattr(config, name)]
+    names = [name for name in config.__dataclass_fields__ if getattr(before, name) != getattr(config, name) and name not in _MAY_CHANGE]
+    if names:
         raise UsageError(f"--resume: {', '.join(names)} differ from the run in {out}; leave them as they were")
 
 
@@ -125,17 +150,39 @@ class Run:
         step = self.algorithm.step if self.width == 1 else jax.vmap(self.algorithm.step, (0, None))
         self.program = rounds(step, min(self.setup.config.eval_every, self.setup.config.rounds))
 
-    def restore(self, checkpoints: Checkpoints) -> None:
-        """Continues from the newest checkpoint, if there is one."""
-        if checkpoints.latest() is not None:
-            self.done, self.state, extra = checkpoints.restore(self.state)
-            self.chunk = extra["chunk"]
-            self._compile()
+    def restore(self, checkpoints: Checkpoints, most: int | None = None) -> None:
+        """Continues from the newest checkpoint of round `most` or before, if there is one.
 
-    def blocks(self, checkpoints: Checkpoints | None = None, trace: str | None = None) -> Iterator[tuple[Record, ...]]:
-        """Runs to the end, yielding each round's record of every run; evaluates and saves at the blocks' ends."""
+        Raises:
+          UsageError: if the data or the clients' profiles are not those of the checkpoint.
+          ValueError: as `Checkpoints.restore`.
+        """
+
+        def check(extra: dict[str, Any]) -> None:
+            given = self.setup.digests
+            names = [name for name in given if given[name] != extra["digests"].get(name)]
+            if names:
+                raise UsageError(f"--resume: the content of {' and '.join(names)} differs from that of the run; restore what it was")
+
+        if checkpoints.latest() is not None:
+            self.done, self.state, extra = checkpoints.restore(self.state, most=most, check=check, note=self.note)
+            if extra["asked"] == self.setup.config.chunk and extra["chunk"] != self.chunk:  # unless another is asked for now
+                self.chunk = extra["chunk"]
+                self._compile()
+
+    def _save(self, checkpoints: Checkpoints) -> None:
+        extra = {"chunk": self.chunk, "asked": self.setup.config.chunk, "digests": self.setup.digests}
+        checkpoints.save(self.done, self.state, extra)
+
+    def blocks(
+        self, checkpoints: Checkpoints | None = None, trace: str | None = None, *, stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[Record, ...]]:
+        """Runs to the end, yielding each round's record of every run; evaluates and saves at the blocks' ends.
+
+        With `stop()` true it saves and ends after the block in flight.
+        """
         config, number, windows = self.setup.config, 0, self._windows()
-        while self.done < config.rounds:
+        while self.done < config.rounds and not stop():
             start = time.perf_counter()
             last, population = next(windows)
             waited = time.perf_counter() - start
@@ -151,8 +198,11 @@ class Run:
                 given = results if self.done + row + 1 == last else [{}] * self.width
                 yield tuple(self._record(self.done + row, infos, (row, run), seconds, given[run]) for run in range(self.width))
             self.done, number = last, number + 1
-            if checkpoints is not None and (last % config.checkpoint_every == 0 or last == config.rounds):
-                checkpoints.save(last, self.state, {"chunk": self.chunk})
+            stopped = stop()
+            if checkpoints is not None and (stopped or last % config.checkpoint_every == 0 or last == config.rounds):
+                self._save(checkpoints)
+            if stopped:
+                return
 
     def _windows(self) -> Iterator[tuple[int, Population]]:
         """Where each block of rounds ends, and the population that it needs."""
