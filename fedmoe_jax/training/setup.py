@@ -65,7 +65,7 @@ class Setup:
             local_epochs=None if config.local_steps is not None else config.local_epochs, prox=config.prox, router=config.router,
             router_prior=config.router_prior, deadline=config.deadline, chunk_size=chunk, conditions=conditions,
             solo_examples=self.solo_examples, engine=config.engine, control_variates=config.control_variates,
-            aggregator=aggregator(config), broadcast=broadcast(config),
+            aggregator=aggregator(config), broadcast=broadcast(config), reject_above=config.reject_above,
         )  # fmt: skip
 
     def aligner_scores(self, state: State) -> Any:
@@ -232,13 +232,21 @@ def make_aligner(config: TrainConfig, groups: int = 1) -> Aligner:
 
 
 def aggregator(config: TrainConfig) -> Aggregator:
-    """The mean of updates, which are compressed first where a configuration says so."""
+    """What makes one update of many, which are clipped and compressed first where a configuration says so."""
+    rules: dict[str, Callable[[], Aggregator]] = {
+        "trimmed_mean": lambda: aggregation.trimmed_mean(share=config.bad_share),
+        "krum": lambda: aggregation.krum(byzantine=config.bad_share),
+        "multi_krum": lambda: aggregation.krum(byzantine=config.bad_share, keep=None),
+    }
     transforms = []
+    if config.clip_norm is not None:
+        transforms.append(aggregation.clip(norm=config.clip_norm))
     if config.compress_share is not None:
         transforms.append(aggregation.sparsify(share=config.compress_share))
     if config.compress_bits is not None:
         transforms.append(aggregation.quantize(bits=config.compress_bits, rotate=config.rotate))
-    return aggregation.chain(*transforms, aggregation.mean())
+    rule = rules.get(config.aggregator) or getattr(aggregation, config.aggregator)
+    return aggregation.chain(*transforms, rule())
 
 
 def broadcast(config: TrainConfig) -> aggregation.Transform | None:
