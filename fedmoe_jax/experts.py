@@ -131,6 +131,12 @@ def groups(experts: PyTree) -> tuple[str | None, ...]:
     return tuple(dict.fromkeys(map(_group, jax.tree.leaves(experts, is_leaf=_is_variable))))
 
 
+def group_places(experts: PyTree) -> list[int]:
+    """The place in `groups` of each leaf's group."""
+    names = groups(experts)
+    return [names.index(_group(node)) for node in jax.tree.leaves(experts, is_leaf=_is_variable)]
+
+
 def by_group(rows: Shaped[Array, "*axes entry"], num_groups: int) -> Shaped[Array, "*axes group part"]:
     """Splits a last axis that goes group after group, such as slots or experts, into one axis of groups and one of each's."""
     return rows.reshape(*rows.shape[:-1], num_groups, rows.shape[-1] // num_groups)

@@ -84,6 +84,7 @@ def federated_moe(
     aggregator: Aggregator | None = None,
     broadcast: Transform | None = None,
     control_variates: bool = False,
+    reject_above: float | None = None,
     personal_budget_bytes: float = 4e9,
 ) -> Algorithm:
     """Federated training of a model whose experts are spread over clients by an aligner.
@@ -114,6 +115,8 @@ def federated_moe(
         train from what arrives and return the difference to it, which the server adds to its exact weights.
       control_variates: clients correct their gradients as in SCAFFOLD, see `scaffold`, which doubles the traffic and keeps a
         gradient of the whole model for each client of the population. Clients then train with the primal engine.
+      reject_above: rejects a client's update whose norm is above so many times that of the same weights as it received them, taken
+        as 1 where it is less. Clients then train with the primal engine. What is not finite is always rejected.
       personal_budget_bytes: most that personal routers, control variates and residuals may each take in all.
 
     Raises:
@@ -125,13 +128,15 @@ def federated_moe(
     aggregator = aggregation.mean() if aggregator is None else aggregator
     conditions = steady() if conditions is None else conditions
     limit = jnp.inf if deadline is None else deadline
-    used, refused = plan.chosen(engine, client_optimizer, aggregator, parts, control_variates)
+    used, refused = plan.chosen(engine, client_optimizer, aggregator, parts, control_variates, reject_above)
     compression.check(aggregator, broadcast, control_variates)
+    if reject_above is not None and not 0 < reject_above < jnp.inf:
+        raise ValueError(f"reject_above is {reject_above}, it must be above 0")
     trainer = Trainer(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, primal.pulls(parts, prox, prox_on), router == "personal",
         batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
         aligner.max_slots, aligner.probes, used, control_variates, STATISTICS_BATCHES * batch_size if router == "statistics" else 0,
-        broadcast,
+        broadcast, reject_above,
     )  # fmt: skip
 
     def init(key: Key[Array, ""], population: Population) -> State:

@@ -168,7 +168,7 @@ IMPOSSIBLE = [
     *[(name, float("nan")) for name in ("prox", "router_prior", "tolerance", "balance_weight")],
     *[(name, "nonsense") for name in config_module._NAMES],
     *[("cohort", 101), ("slots", 9), ("top_k", 9), ("probes", 9), ("beta", 1.5), ("target", 1.5), ("seed", 2**32)],
-    *[("compress_bits", 9), ("broadcast_bits", 16), ("compress_share", 1.01), ("rotate", True)],
+    *[("bad_share", 0.5), ("compress_bits", 9), ("broadcast_bits", 16), ("compress_share", 1.01), ("rotate", True)],
     *[
         ("data", ""),
         ("model", " "),
@@ -194,7 +194,7 @@ def test_validate_refuses_the_impossible(name, value):
     "fields",
     [
         *[{"slots": 8}, {"cohort": 100}, {"probes": 8}, {"top_k": 8}, {"tolerance": 0.0}, {"beta": 1.0}],
-        *[{"compress_bits": 2, "rotate": True}, {"broadcast_bits": 8, "rotate": True}, {"compress_share": 1.0}],
+        *[{"compress_bits": 2, "rotate": True}, {"broadcast_bits": 8, "rotate": True}, {"compress_share": 1.0}, {"bad_share": 0.0}],
         *[{"profile": name} for name in ("uniform", "tiers", "phones", "a.b:c", "a/b.json", "c:b.jsonl")],
     ],
 )

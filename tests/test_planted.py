@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from fedmoe_jax.local.cost import round_cost
-from fedmoe_jax.training import setup
+from fedmoe_jax.training import optimizers, setup
 from fedmoe_jax.training.config import TrainConfig
 
 
@@ -43,7 +43,7 @@ def test_solo_evaluation_costs_at_most_a_quarter_of_a_round_at_the_defaults():
     solo = cost.solo_shared_flops + (slots + probes) * cost.solo_expert_flops
     train = examples * (cost.shared_flops + slots * cost.expert_flops)
     assert solo > 0 and solo <= 0.25 * (solo + train)
-    without = round_cost(made.parts, made.loss_fn, setup.client_optimizer(made.config)(0), _batch(made))
+    without = round_cost(made.parts, made.loss_fn, optimizers.client_optimizer(made.config)(0), _batch(made))
     assert without.solo_expert_flops == 0 and without.expert_flops == cost.expert_flops
 
 

@@ -30,6 +30,8 @@ def test_functional_api_runs_and_learns_also_from_a_file(tmp_path, monkeypatch):
     np.testing.assert_allclose(names["info"].train_loss, losses[5:], rtol=1e-5)
     exec(compile(block("compressed = "), "README", "exec"), names)
     assert names["info"].bytes_up < 0.1 * plain.bytes_up[0] and names["info"].bytes_down < 0.3 * plain.bytes_down[0]
+    exec(compile(block("guarded = "), "README", "exec"), names)
+    assert names["guarded"].plan(names["population"])[0].reason == "the aggregator needs deltas of each client"
     client = dict.fromkeys(("flops_per_second", "memory_bytes", "downlink_bytes_per_second", "uplink_bytes_per_second"), 1e9)
     (tmp_path / "clients.jsonl").write_text(json.dumps(client))
     exec(compile(block("profiles.read"), "README", "exec"), names)

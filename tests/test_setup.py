@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from fedmoe_jax.training import setup
+from fedmoe_jax.training import optimizers, setup
 from fedmoe_jax.training.config import ALIGNERS, FITNESSES, OPTIMIZERS, SCHEDULES, TrainConfig
 
 CONFIG = TrainConfig(population=20, cohort=5, experts=4, rounds=4, model_options={"hidden": 16})
@@ -17,7 +17,7 @@ CONFIG = TrainConfig(population=20, cohort=5, experts=4, rounds=4, model_options
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_descends(name):
-    make = setup.optimizer(name, 0.01)
+    make = optimizers.optimizer(name, 0.01)
     value = jnp.array([1.0, -2.0])
     state = make.init(value)
     updates, _ = make.update(2 * value, state, value)
@@ -27,7 +27,7 @@ def test_every_optimizer_descends(name):
 
 def test_momentum_and_nesterov_differ_from_sgd():
     def two_steps(name):
-        make, gradient = setup.optimizer(name, 0.1), jnp.ones(1)
+        make, gradient = optimizers.optimizer(name, 0.1), jnp.ones(1)
         state, total = make.init(gradient), 0.0
         for _ in range(2):
             updates, state = make.update(gradient, state, gradient)
@@ -41,13 +41,13 @@ def test_momentum_and_nesterov_differ_from_sgd():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_starts_at_the_rate_and_only_constant_stays(name):
-    rate = setup.schedule(name, 0.5, 10)
+    rate = optimizers.schedule(name, 0.5, 10)
     at = [float(rate(round)) if callable(rate) else rate for round in (0, 5, 10)]
     assert at == pytest.approx([0.5, 0.5, 0.5] if name == "constant" else [0.5, 0.25, 0.0])
 
 
 def test_the_client_rate_follows_the_round():
-    make = setup.client_optimizer(dataclasses.replace(CONFIG, client_schedule="linear", client_lr=0.4, rounds=4))
+    make = optimizers.client_optimizer(dataclasses.replace(CONFIG, client_schedule="linear", client_lr=0.4, rounds=4))
     gradient = jnp.ones(1)
     steps = [float(make(jnp.int32(round)).update(gradient, make(jnp.int32(round)).init(gradient), gradient)[0][0]) for round in (0, 2)]
     assert steps == pytest.approx([-0.4, -0.2])
@@ -57,7 +57,7 @@ def test_the_shared_part_may_have_a_server_optimizer_of_its_own():
     weights = ({"w": jnp.ones(2)}, {"v": jnp.ones(2)})
 
     def steps(**changes):
-        made, gradient = setup.server_optimizer(dataclasses.replace(CONFIG, server_lr=0.5, **changes)), weights
+        made, gradient = optimizers.server_optimizer(dataclasses.replace(CONFIG, server_lr=0.5, **changes)), weights
         return [float(leaf[0]) for leaf in jax.tree.leaves(made.update(gradient, made.init(weights), weights)[0])]
 
     adam = -0.01 / (1 + 1e-3)

@@ -39,6 +39,7 @@ class Trainer(NamedTuple):
     control_variates: bool
     statistics_examples: int
     broadcast: Any = None
+    reject_above: float | None = None
 
     def optimizer(self, round: Any) -> optax.GradientTransformation:
         """The client optimizer of a round."""
@@ -96,7 +97,9 @@ class Trainer(NamedTuple):
         rows = jax.tree.map(lambda row: _chunked(row[order], chunks, self.chunk_size), rows)
         train_chunk = self._chunk_function(state, population, self.uses(population))
         kept = state.controls, posterior.decayed(state.statistics), state.residuals
-        (total, kept), out = jax.lax.scan(train_chunk, (self.aggregator.init(state.experts, state.shared), kept), rows)
+        room = (chunks * self.chunk_size, alignment.held.shape[1] // len(groups(state.experts))) if self.aggregator.collects else ()
+        total = self.aggregator.init(state.experts, state.shared, *room)
+        (total, kept), out = jax.lax.scan(train_chunk, (total, kept), rows)
         feedback, routers, loss, rejected = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][jnp.argsort(order)], out)
         feedback = Feedback(*feedback)
         examples = feedback.examples
@@ -124,20 +127,20 @@ class Trainer(NamedTuple):
             total, (controls, statistics, residuals) = carry
             keys, number, present, *_ = rows
             client = jax.vmap(lambda *row: self._client(state, population, uses, controls, *row))
-            update, feedback, loss, rejected, finite, gradient, seen = client(*rows)
+            update, feedback, loss, rejected, sound, gradient, seen = client(*rows)
             if any(uses):  # their rows are large: look at them again only if that is needed
-                update = jax.lax.cond(finite.all(), lambda update: update, functools.partial(_without, finite), update)
+                update = jax.lax.cond(sound.all(), lambda update: update, functools.partial(_without, sound), update)
             update, routers = _with_bases(ClientUpdate(*update), bases), None
             if self.personal:  # router rows stay where they are
                 routers, experts = nnx.split_state(update.experts, RouterParam, ...)
                 update = dataclasses.replace(update, experts=experts)
             if encoder is not None:
-                update, residuals = encoder.apply(residuals, keys, number, present & finite, update, groups(self.parts.experts))
+                update, residuals = encoder.apply(residuals, keys, number, present & sound, update, groups(self.parts.experts))
             if routers is not None:
                 nothing = jax.tree.map(jnp.zeros_like, routers)
                 update = dataclasses.replace(update, experts=nnx.merge_state(nothing, update.experts))
             if controls is not None:
-                controls = scaffold.learn(controls, number, present & finite, update.held, gradient, update.tokens, update.examples)
+                controls = scaffold.learn(controls, number, present & sound, update.held, gradient, update.tokens, update.examples)
             if seen is not None:
                 statistics = jax.tree.map(jnp.add, statistics, posterior.together(self.parts, seen, update.held))
             return (self.aggregator.add(total, update), (controls, statistics, residuals)), (feedback, routers, loss, rejected)
@@ -145,7 +148,7 @@ class Trainer(NamedTuple):
         return train_chunk
 
     def _client(self, state, population, uses, controls, key, client, present, held, probed, prior):
-        """One client: solo evaluation of what it received, training, and a check that its update is finite."""
+        """One client: solo evaluation of what it received, training, and a check that its update is finite and not absurd."""
         names = groups(self.parts.experts)
         slots = held.shape[0] // len(names)
         received = jnp.concatenate([by_group(held, len(names)), by_group(probed, len(names))], axis=1)  # [group, candidate]
@@ -165,8 +168,12 @@ class Trainer(NamedTuple):
         if controls is not None:
             options["correction"] = self._correction(scaffold.correction(controls, state.controls.sums, client, held), own)
         result = primal.train(*args, **options) if not any(uses) else dual.train(*args, uses=uses, **options)
-        finite = jnp.stack(list(map(is_finite, jax.tree.leaves(result, is_leaf=is_dual)))).all()
-        good = present & finite
+        sound = jnp.stack(list(map(is_finite, jax.tree.leaves(result, is_leaf=is_dual)))).all()
+        if self.reject_above is not None:
+            sent = filled & (result.tokens > 0)
+            change, before = (_squares(*weights, sent, names) for weights in ((result.experts, result.shared), (own, state.shared)))
+            sound &= change <= self.reject_above**2 * jnp.maximum(before, 1)
+        good = present & sound
         result = jax.tree.map(lambda a: a if is_dual(a) else jnp.where(good, a, 0), result, is_leaf=is_dual)
         tokens = jnp.where(filled, result.tokens, 0)
         examples = jnp.where(good, population.num_examples(client), 0)
@@ -181,9 +188,9 @@ class Trainer(NamedTuple):
         if self.statistics_examples:
             batch = primal.local_batch(jax.random.fold_in(key, 2), population, client, 0, self.statistics_examples)
             seen = posterior.observe(self.parts, own, state.shared, batch, filled, prior)
-            sound = good & is_finite(seen)
-            seen = jax.tree.map(lambda a: jnp.where(sound, a, 0), seen)
-        return update, feedback, result.train_loss / jnp.maximum(result.trained, 1), present & ~finite, finite, gradient, seen
+            known = good & is_finite(seen)
+            seen = jax.tree.map(lambda a: jnp.where(known, a, 0), seen)
+        return update, feedback, result.train_loss / jnp.maximum(result.trained, 1), present & ~sound, sound, gradient, seen
 
     def _correction(self, correction, experts):
         """The correction of all weights: router rows that stay on the client have no control variate."""
@@ -209,9 +216,19 @@ def receive(experts: Any, held: Int[Array, " slot"], uses: Any) -> Any:
     return map_groups(one, groups(experts), held, chosen)
 
 
-def _without(finite: Bool[Array, " client"], update: Any) -> Any:
-    """The updates with zeros for those of clients that are not finite."""
-    return jax.tree.map(lambda a: jnp.where(finite.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), update)
+def _squares(experts: Any, shared: Any, sent: Bool[Array, " all_slots"], names: tuple[str | None, ...]) -> Float[Array, ""]:
+    """The squared norm of a client's shared weights and of the experts in some slots."""
+
+    def of_slots(sent, leaf):
+        return jnp.where(sent.reshape(-1, *(1,) * (leaf.ndim - 1)), jnp.square(leaf), 0).sum()
+
+    each = [*jax.tree.leaves(map_groups(of_slots, names, sent, experts)), *(jnp.square(leaf).sum() for leaf in jax.tree.leaves(shared))]
+    return sum(each, start=jnp.zeros(()))
+
+
+def _without(sound: Bool[Array, " client"], update: Any) -> Any:
+    """The updates with zeros for those of clients that are not sound."""
+    return jax.tree.map(lambda a: jnp.where(sound.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), update)
 
 
 def _with_bases(update: ClientUpdate, bases: list[Array]) -> ClientUpdate:

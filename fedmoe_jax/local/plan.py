@@ -39,7 +39,9 @@ def chunk_size(cost: RoundCost, *, cohort_size: int, max_slots: int, probes: int
     return -(-cohort_size // chunks)
 
 
-def chosen(engine: str, client_optimizer: Any, aggregator: Aggregator, parts: Any, control_variates: bool) -> tuple[str, str | None]:
+def chosen(
+    engine: str, client_optimizer: Any, aggregator: Aggregator, parts: Any, control_variates: bool, reject_above: float | None = None
+) -> tuple[str, str | None]:
     """The engine to use, primal where the dual one cannot serve the optimizer or the aggregator, and then why it cannot."""
     if engine not in ("auto", "primal", "dual"):
         raise ValueError(f"engine is {engine!r}, it must be 'auto', 'primal' or 'dual'")
@@ -48,6 +50,8 @@ def chosen(engine: str, client_optimizer: Any, aggregator: Aggregator, parts: An
         reason = "control_variates are added to each client's gradients"
     elif engine != "primal" and aggregator.needs != "sum":
         reason = f"the aggregator needs {aggregator.needs} of each client"
+    elif engine != "primal" and reject_above is not None:
+        reason = "reject_above looks at the norm of each client's update"
     elif engine != "primal" and not is_linear(client_optimizer, (parts.experts, parts.shared)):
         reason = "client_optimizer is not linear in the gradient of each weight"
     if engine == "dual" and reason:

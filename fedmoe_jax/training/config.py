@@ -27,6 +27,7 @@ LOSSES = ("cross_entropy", "balanced_softmax")
 PULLED = ("all", "shared", "router")
 ASSIGNMENTS = ("shared", "per_layer")
 ENGINES = ("auto", "primal", "dual")
+AGGREGATORS = ("mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adam", "adamw", "fedadam", "lion", "rmsprop", "yogi")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -110,6 +111,14 @@ class TrainConfig:
     """Bits of a value that clients receive, as compress_bits."""
     rotate: bool = False
     """Tensors are rotated at random before their values get fewer bits."""
+    aggregator: str = "mean"
+    """How updates become one: mean, or against bad clients median, trimmed_mean, krum, multi_krum or geometric_median."""
+    bad_share: float = 0.2
+    """Share of bad clients that trimmed_mean, krum and multi_krum are to stand, below 0.5."""
+    clip_norm: float | None = None
+    """Norm to which a client's whole update is scaled down; none if not given."""
+    reject_above: float | None = None
+    """Times the norm of the weights that a client received above which its update is rejected; any if not given."""
     aligner: str = "balanced"
     """Who trains which expert: random, greedy, load_only, balanced, full, or package.module:name."""
     assignment: str = "shared"
@@ -172,6 +181,7 @@ _NAMES = {
     "engine": ENGINES,
     "loss": LOSSES,
     "prox_on": PULLED,
+    "aggregator": AGGREGATORS,
     "dtype": DTYPES,
     "client_optimizer": OPTIMIZERS,
     "server_optimizer": OPTIMIZERS,
@@ -185,9 +195,12 @@ _LEAST = {
     **dict.fromkeys(("local_steps", "batch_size", "eval_every", "checkpoint_every", "chunk", "stream"), 1),
     **dict.fromkeys(("domains", "compress_bits", "broadcast_bits"), 2),
     **dict.fromkeys(("shared_experts", "probes", "seed", "balance_weight", "prox", "router_prior", "tolerance"), 0),
-    **dict.fromkeys(("demand", "agreement", "least_spread", "speed_bias", "speed_jitter"), 0),
+    **dict.fromkeys(("demand", "agreement", "least_spread", "speed_bias", "speed_jitter", "bad_share"), 0),
 }
-_ABOVE_ZERO = ("availability", "alpha", "client_lr", "server_lr", "shared_lr", "beta", "deadline", "target", "compress_share")
+_ABOVE_ZERO = (
+    *("availability", "alpha", "client_lr", "server_lr", "shared_lr", "beta", "deadline", "target", "compress_share"),
+    *("clip_norm", "reject_above"),
+)
 _MOST = {**dict.fromkeys(("availability", "demand", "beta", "target", "compress_share", "agreement"), 1), "seed": 2**32 - 1}
 _MOST |= dict.fromkeys(("compress_bits", "broadcast_bits"), 8)
 _MOST_FIELD = {"cohort": "population", "slots": "experts", "top_k": "experts", "probes": "experts"}
@@ -220,6 +233,8 @@ def _number(config, name, value):
         return f"must be at least {_LEAST[name]}, got {value}"
     if name in _MOST and value > _MOST[name]:
         return f"must be at most {_MOST[name]}, got {value}"
+    if name == "bad_share" and value >= 0.5:
+        return f"must be below 0.5, got {value}"
     if name == "rotate" and value and config.compress_bits is None and config.broadcast_bits is None:
         return "must be false where neither compress_bits nor broadcast_bits is given"
     other = _MOST_FIELD.get(name)

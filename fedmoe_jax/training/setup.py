@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from fedmoe_jax import aggregation, alignment, models
@@ -27,6 +26,7 @@ from fedmoe_jax.round import STATISTICS_BATCHES, Algorithm, State, admit, federa
 from fedmoe_jax.training import clients
 from fedmoe_jax.training.config import MODELS, TrainConfig
 from fedmoe_jax.training.foreign import foreign
+from fedmoe_jax.training.optimizers import client_optimizer, server_optimizer
 from fedmoe_jax.training.stream import Stream
 from fedmoe_jax.training.weights import load_weights
 
@@ -69,7 +69,7 @@ class Setup:
             router="shared" if config.router == "soft" else config.router, router_prior=config.router_prior,
             deadline=config.deadline, chunk_size=chunk, conditions=conditions,
             solo_examples=self.solo_examples, engine=config.engine, control_variates=config.control_variates,
-            aggregator=aggregator(config), broadcast=broadcast(config),
+            aggregator=aggregator(config), broadcast=broadcast(config), reject_above=config.reject_above,
         )  # fmt: skip
 
     def aligner_scores(self, state: State) -> Any:
@@ -243,61 +243,24 @@ def make_aligner(config: TrainConfig, groups: int = 1) -> Aligner:
 
 
 def aggregator(config: TrainConfig) -> Aggregator:
-    """The mean of updates, which are compressed first where a configuration says so."""
+    """What makes one update of many, which are clipped and compressed first where a configuration says so."""
+    rules: dict[str, Callable[[], Aggregator]] = {
+        "mean": lambda: aggregation.mean(agreement=config.agreement),
+        "trimmed_mean": lambda: aggregation.trimmed_mean(share=config.bad_share),
+        "krum": lambda: aggregation.krum(byzantine=config.bad_share),
+        "multi_krum": lambda: aggregation.krum(byzantine=config.bad_share, keep=None),
+    }
     transforms = []
+    if config.clip_norm is not None:
+        transforms.append(aggregation.clip(norm=config.clip_norm))
     if config.compress_share is not None:
         transforms.append(aggregation.sparsify(share=config.compress_share))
     if config.compress_bits is not None:
         transforms.append(aggregation.quantize(bits=config.compress_bits, rotate=config.rotate))
-    return aggregation.chain(*transforms, aggregation.mean(agreement=config.agreement))
+    rule = rules.get(config.aggregator) or getattr(aggregation, config.aggregator)
+    return aggregation.chain(*transforms, rule())
 
 
 def broadcast(config: TrainConfig) -> aggregation.Transform | None:
     """What becomes of weights on their way to clients."""
     return None if config.broadcast_bits is None else aggregation.quantize(bits=config.broadcast_bits, rotate=config.rotate)
-
-
-def optimizer(name: str, learning_rate: Any) -> optax.GradientTransformation:
-    """An optax optimizer by name; "momentum" and "nesterov" are SGD with momentum 0.9, "fedadam" is Adam as servers use it [1].
-
-    References:
-      [1] Reddi et al., "Adaptive Federated Optimization", ICLR 2021: decay 0.99 of second moments, 0.001 added to their root.
-    """
-    if name in ("momentum", "nesterov"):
-        return optax.sgd(learning_rate, momentum=0.9, nesterov=name == "nesterov")
-    if name == "fedadam":
-        return optax.adam(learning_rate, b2=0.99, eps=1e-3)
-    return getattr(optax, name)(learning_rate)
-
-
-def server_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """The optimizer of (experts, shared), one for both or the shared part's own."""
-
-    def made(name: str, rate: float) -> optax.GradientTransformation:
-        return optimizer(name, schedule(config.server_schedule, rate, config.rounds))
-
-    if config.shared_optimizer is None:
-        if config.shared_lr is not None:
-            raise ValueError(f"shared_lr: {config.shared_lr} is for shared_optimizer, which is not given")
-        return made(config.server_optimizer, config.server_lr)
-    shared = made(config.shared_optimizer, config.server_lr if config.shared_lr is None else config.shared_lr)
-    both = {"experts": made(config.server_optimizer, config.server_lr), "shared": shared}
-    return optax.multi_transform(both, ("experts", "shared"))
-
-
-def schedule(name: str, learning_rate: float, rounds: int) -> Any:
-    """A learning rate over rounds: constant, or down to 0 by cosine or linearly."""
-    if name == "cosine":
-        return optax.cosine_decay_schedule(learning_rate, rounds)
-    return learning_rate if name == "constant" else optax.linear_schedule(learning_rate, 0.0, rounds)
-
-
-def client_optimizer(config: TrainConfig) -> Callable[[Any], optax.GradientTransformation]:
-    """The client optimizer of a round, as a function of the round."""
-    return _client_optimizer(config.client_optimizer, config.client_schedule, config.client_lr, config.rounds)
-
-
-@functools.lru_cache(maxsize=64)  # the same object for the same run, so that what is known of it is known again
-def _client_optimizer(name, schedule_name, learning_rate, rounds):
-    rate = schedule(schedule_name, learning_rate, rounds)
-    return lambda round: optimizer(name, rate(round) if callable(rate) else rate)
