@@ -87,6 +87,11 @@ def last(seeds, metric):
     return [100 * run[metric][-1] for run in seeds]
 
 
+def total(seeds, cost):
+    """What all rounds took, of each seed."""
+    return [run[cost][-1] for run in seeds]
+
+
 def costs(seeds, metric, goal):
     """Means of what a target took, in the order of COSTS; of runs that never reach it what all their rounds took."""
     places = [_first(run, metric, goal) for run in seeds]

@@ -5,18 +5,20 @@ Each stands between two marks, `<!-- NAME -->` and `<!-- end of NAME -->`, of th
 
 from pathlib import Path
 
-from experiments import ablation_tables, figures, grid_tables, outcome
+from experiments import ablation_tables, communication_tables, figures, grid_tables, outcome
 
 HERE = Path(__file__).parent
 CURVES = outcome.RESULTS / "alignment" / "curves.png"
+BYTES = outcome.RESULTS / "communication" / "bytes.png"
 
 
-def rendered(cells, changed):
+def rendered(cells, changed, compressed):
     """What belongs in each file, by mark.
 
     Args:
       cells: results of experiments.alignment, by cell.
       changed: those of experiments.ablations.
+      compressed: those of experiments.communication.
     """
     return {
         HERE / "README.md": {
@@ -24,6 +26,7 @@ def rendered(cells, changed):
             "factors": grid_tables.factors(cells),
             "global model": ablation_tables.best_models(cells, changed),
             "fallback": ablation_tables.fallback(cells, changed),
+            "communication": communication_tables.savings(compressed),
         },
         outcome.RESULTS / "alignment" / "README.md": {"details": grid_tables.details(cells)},
         outcome.RESULTS / "ablations" / "README.md": {
@@ -51,10 +54,12 @@ def put(text, parts):
 
 
 def main():
-    cells, changed = outcome.read("alignment"), outcome.read("ablations")
-    for path, parts in rendered(cells, changed).items():
+    cells, changed, compressed = (outcome.read(name) for name in ("alignment", "ablations", "communication"))
+    for path, parts in rendered(cells, changed, compressed).items():
         path.write_text(put(path.read_text(), parts))
     base = [result for result in cells.values() if not outcome.factors(result)]
+    if communication_tables.variants_of(compressed):
+        communication_tables.curves(compressed, BYTES)
     figures.curves([(outcome.title(result["config"]), result["runs"], outcome.goals(result["runs"])) for result in base], CURVES)
 
 

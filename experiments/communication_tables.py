@@ -1,0 +1,92 @@
+"""The tables and the figure of experiments.communication: accuracy against bytes and simulated seconds."""
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import numpy as np
+
+from experiments import outcome
+from experiments.outcome import GLOBAL, PLAIN, PRIOR
+from fedmoe_jax.training import metrics
+from fedmoe_jax.training.comparison import TARGET_SHARE
+from fedmoe_jax.training.plots import COLORS, MARKERS
+
+LINKS, FULL = "links", "full"
+NONE = "Nothing has been run yet.\n"
+
+
+def savings(results):
+    """A table for each cell: what each aligner reached, plain and compressed, and what travelled, against `full` without compression."""
+    parts = [_savings(cell, variants) for cell, variants in variants_of(results).items()]
+    if not parts:
+        return NONE
+    return f"The processes of these {len(results)} files took {outcome.minutes(results.values())} in all.\n\n" + "\n".join(parts)
+
+
+def variants_of(results):
+    """The seeds of each variant, (aligner, compression), of each cell that has `full` without compression."""
+    found = {}
+    for name, result in results.items():
+        cell, *changes = name.split("+")
+        if LINKS not in changes:
+            raise ValueError(f"{name}: only cells with `{LINKS}` can be compared")
+        compression = "+".join(change for change in changes if change != LINKS)
+        about, runs = found.setdefault(cell, (result["config"], {}))
+        runs |= {(aligner, compression): seeds for aligner, seeds in result["runs"].items()}
+    return {cell: each for cell, each in found.items() if (FULL, "") in each[1]}
+
+
+def _savings(cell, variants):
+    config, runs = variants
+    full = runs[FULL, ""]
+    goal = TARGET_SHARE * np.mean([run[PRIOR][-1] for run in full])
+    head = [outcome.title(config), "clients", "clients, prior", f"less `{FULL}`, prior", "global", "MB", f"`{FULL}` / this", "simulated s"]
+    head += [f"rounds to {100 * goal:.1f}%, prior", "MB to it"]
+    megabytes = np.mean(outcome.total(full, "bytes")) / 1e6
+    body = []
+    for (aligner, compression), seeds in sorted(runs.items(), key=lambda item: -np.mean(outcome.total(item[1], "bytes"))):
+        own = np.mean(outcome.total(seeds, "bytes")) / 1e6
+        rounds, until, _ = outcome.costs(seeds, PRIOR, goal)
+        body.append(
+            [
+                label(aligner, compression),
+                *(outcome.accuracy(seeds, metric) for metric in (PLAIN, PRIOR)),
+                "" if seeds is full else outcome.gain(seeds, full, PRIOR),
+                outcome.accuracy(seeds, GLOBAL),
+                f"{own:.0f}",
+                f"{megabytes / own:.1f}",
+                f"{np.mean(outcome.total(seeds, 'simulated_seconds')):.0f}",
+                rounds,
+                until,
+            ]
+        )
+    return outcome.table(head, body)
+
+
+def label(aligner, compression):
+    """A variant in words."""
+    return f"`{aligner}`" + (f", `{compression}`" if compression else "")
+
+
+def curves(results, path):
+    """Draws the accuracy of clients, with label prior, against bytes so far, a panel for each cell."""
+    cells = variants_of(results)
+    figure = Figure(figsize=(6.4 * max(len(cells), 1), 4.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    looks = list(dict.fromkeys(key for _, runs in cells.values() for key in runs))
+    for axes, (config, runs) in zip(figure.subplots(1, len(cells), squeeze=False)[0], cells.values(), strict=True):
+        for key, seeds in runs.items():
+            place = looks.index(key)
+            megabytes = np.mean([run["bytes"] for run in seeds], axis=0) / 1e6
+            accuracy = 100 * np.mean([run[PRIOR] for run in seeds], axis=0)
+            style = dict(color=COLORS[place % len(COLORS)], marker=MARKERS[place % len(MARKERS)], linestyle="--" if key[1] else "-")
+            axes.plot(megabytes, accuracy, label=label(*key).replace("`", ""), markersize=4, **style)
+        axes.set_xscale("log")
+        axes.set_title(outcome.title(config))
+        axes.set_xlabel("MB down and up, all clients")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False, fontsize=9, loc="lower right")
+        axes.set_ylabel("accuracy of clients, with label prior (%)")
+    metrics.write_bytes(path, lambda file: figure.savefig(file, format="png"))
