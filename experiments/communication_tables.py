@@ -1,9 +1,8 @@
 """The tables and the figure of experiments.communication: accuracy against bytes and simulated seconds."""
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-
-import numpy as np
 
 from experiments import outcome
 from experiments.outcome import GLOBAL, PLAIN, PRIOR
@@ -31,7 +30,7 @@ def variants_of(results):
         if LINKS not in changes:
             raise ValueError(f"{name}: only cells with `{LINKS}` can be compared")
         compression = "+".join(change for change in changes if change != LINKS)
-        about, runs = found.setdefault(cell, (result["config"], {}))
+        _, runs = found.setdefault(cell, (result["config"], {}))
         runs |= {(aligner, compression): seeds for aligner, seeds in result["runs"].items()}
     return {cell: each for cell, each in found.items() if (FULL, "") in each[1]}
 

@@ -17,12 +17,13 @@ sys.path.insert(0, str(REPOSITORY))
 from experiments import grid, grid_tables, outcome  # noqa: E402
 from experiments.ablations.__main__ import PLAN as ABLATIONS  # noqa: E402
 from experiments.alignment.__main__ import PLAN  # noqa: E402
+from experiments.communication.__main__ import PLAN as COMMUNICATION  # noqa: E402
 from fedmoe_jax.training.config import validate  # noqa: E402
 
 ABOUT = dict(device="1 x cpu", versions={"jax": "1"}, seconds=60)
 
 
-@pytest.mark.parametrize("name", dict.fromkeys([*PLAN, *ABLATIONS, *(f"fashion_iid+{factor}" for factor in grid.FACTORS)]))
+@pytest.mark.parametrize("name", dict.fromkeys([*PLAN, *ABLATIONS, *COMMUNICATION, *(f"fashion_iid+{factor}" for factor in grid.FACTORS)]))
 def test_every_cell_and_factor_is_a_valid_configuration(name):
     validate(grid.configuration(name))
 

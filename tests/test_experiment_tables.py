@@ -8,7 +8,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
-from experiments import ablation_tables, figures, grid_tables, outcome, tables  # noqa: E402
+from experiments import ablation_tables, communication_tables, figures, grid_tables, outcome, tables  # noqa: E402
 
 ABOUT = dict(
     config=dict(
@@ -236,8 +236,40 @@ def test_changes_that_cannot_be_compared_are_named(runs):
 
 
 def test_without_results_there_are_no_tables():
-    for parts in tables.rendered({}, {}).values():
+    for parts in tables.rendered({}, {}, {}).values():
         assert all(text in (grid_tables.NONE, ablation_tables.NONE) for text in parts.values())
+
+
+def compressed(*names):
+    """Results of cells on links, of which compressed ones take a fourth of the bytes."""
+    results = {}
+    for name in names:
+        less = 1 if name.endswith("links") else 4
+        runs = {
+            aligner: [run | {"bytes": [each / less for each in run["bytes"]]} for run in RUNS[aligner]] for aligner in ("balanced", "full")
+        }
+        results[name] = ABOUT | {"cell": name, "runs": runs}
+    return results
+
+
+def test_what_travels_is_compared_with_all_experts_and_no_compression():
+    text = communication_tables.savings(compressed("fashion_both+links", "fashion_both+links+int8"))
+    ((head, rows),) = rows_of(text).items()
+    assert head == "Fashion-MNIST, feature shift" and "These 2" not in text and "these 2 files took 2 minutes" in text
+    assert list(rows) == ["`balanced`", "`full`", "`balanced`, `int8`", "`full`, `int8`"]
+    row = rows["`balanced`, `int8`"]
+    assert [row[name] for name in ("MB", "`full` / this", "simulated s")] == ["2", "4.0", "80"]
+    assert row["less `full`, prior"] == f"+7.5 ± {half(0, 15):.1f}" and rows["`full`"]["less `full`, prior"] == ""
+    assert rows["`full`"]["rounds to 37.1%, prior"] == "2" and row["MB to it"] == rows["`balanced`, `int8`"]["MB to it"] == "1"
+
+
+def test_cells_without_all_experts_are_left_out_and_others_than_links_refused(tmp_path):
+    some = compressed("fashion_both+links+int8")
+    assert communication_tables.savings(some) == communication_tables.NONE
+    with pytest.raises(ValueError, match=r"fashion_both\+int8: only cells with `links`"):
+        communication_tables.savings(compressed("fashion_both+int8"))
+    communication_tables.curves(some | compressed("fashion_both+links"), tmp_path / "bytes.png")
+    assert (tmp_path / "bytes.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_stands_between_marks_is_replaced_and_marks_that_are_missing_are_named():
@@ -251,7 +283,7 @@ def test_what_stands_between_marks_is_replaced_and_marks_that_are_missing_are_na
 
 
 def test_the_tables_are_those_of_the_results():
-    for path, parts in tables.rendered(outcome.read("alignment"), outcome.read("ablations")).items():
+    for path, parts in tables.rendered(*map(outcome.read, ("alignment", "ablations", "communication"))).items():
         text = path.read_text()
         assert text == tables.put(text, parts), f"{path} is not up to date: python -m experiments.tables"
         links = [link.partition(")")[0].partition("#")[0] for link in text.split("](")[1:]]
