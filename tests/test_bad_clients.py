@@ -74,6 +74,7 @@ def test_a_rule_keeps_the_model_where_honest_clients_take_it(name):
     assert moved > 0.01
 
 
+@pytest.mark.slow
 def test_one_wrong_sign_in_a_hundred_hardly_moves_the_mean_and_one_absurd_value_destroys_it():
     alg = made(aligner=RANDOM, solo_examples=0)
     start, honest = alg.init(KEY, clients("honest")), run(alg, clients("honest"), 3)[0]

@@ -10,8 +10,9 @@ With s the score of a pair in this round, Q <- (1 - beta) Q + beta s, for scored
 All other pairs keep Q, or decay to the prior with `forget`. The cost of a round depends on the cohort alone.
 """
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from fedmoe_jax.base import NO_EXPERT, Alignment, Cohort, Feedback, Fitness, pytree
 
@@ -105,6 +106,25 @@ def usage_driven(*, beta: float = 0.6, prior: float = 1.0, exploration: float = 
         return alignment.held, feedback.tokens / jnp.maximum(total, 1), jnp.broadcast_to(total > 0, feedback.tokens.shape)
 
     return _moving_average(pairs, beta=beta, prior=prior, exploration=exploration, forget=forget)
+
+
+def ranked(fitness: Fitness) -> Fitness:
+    """A fitness with each client's scores replaced by their ranks, so that no client has more say than another whatever it reports.
+
+    The score of an expert is the share of the other experts that suit the client no better than it, 0 to 1; equal ones share the highest
+    place. So the r-th best of a client is at most (r - 1) / (E - 1) below its best, exactly that where it tells all experts apart. Who
+    claims that one expert suits it perfectly, and the others not at all, bids no more for it than an honest client for its favourite;
+    who claims the same of all bids for none. How much better an expert is no longer counts.
+
+    The state, what is probed, and what is learnt are those of `fitness`.
+    """
+
+    def score(state: PyTree, client: Int[Array, " client"]) -> Float[Array, "client expert"]:
+        value = fitness.score(state, client)
+        no_better = jax.vmap(lambda row: jnp.searchsorted(jnp.sort(row), row, side="right"))(value)
+        return (no_better - 1) / max(value.shape[1] - 1, 1)
+
+    return fitness._replace(score=score)
 
 
 def _moving_average(pairs, *, beta: float, prior: float, exploration: float, forget: float, probes: int = 0) -> Fitness:

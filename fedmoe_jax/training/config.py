@@ -19,7 +19,7 @@ DEFAULT_POPULATION = 100
 SPLITS = ("iid", "dirichlet", "classes", "natural")
 MODELS = ("mlp", "resnet", "transformer")
 ALIGNERS = ("random", "greedy", "load_only", "balanced", "full")
-FITNESSES = ("solo", "loss", "accuracy", "usage")
+FITNESSES = ("solo", "ranked_solo", "loss", "accuracy", "usage")
 ROUTERS = ("shared", "personal", "soft", "statistics")
 PROFILES = tuple(SOURCES)
 PROFILE_FILES = (".json", ".jsonl")
@@ -124,7 +124,7 @@ class TrainConfig:
     assignment: str = "shared"
     """shared, one for the experts of all layers, or per_layer; a model of one's own makes `group`s of its experts for that."""
     fitness: str = "solo"
-    """Feedback that scores a client-expert pair: solo, loss, accuracy or usage."""
+    """Feedback that scores a client-expert pair: solo, ranked_solo (the ranks of a client's scores), loss, accuracy or usage."""
     beta: float = 0.6
     """Weight of the newest feedback in the fitness, above 0 and at most 1."""
     probes: int = 1

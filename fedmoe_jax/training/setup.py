@@ -81,7 +81,7 @@ class Setup:
         if not isinstance(learnt, fitness.FitnessState):
             return None
         client = jnp.arange(min(self.population.num_clients, 1000))
-        known_prior = self.config.fitness in ("solo", "loss") and ":" not in self.config.aligner  # others score it as well
+        known_prior = self.config.fitness in ("solo", "ranked_solo", "loss") and ":" not in self.config.aligner  # others score it as well
         prior = self.fitness.init(1, 1).value if known_prior else jnp.nan
 
         def known(learnt: fitness.FitnessState) -> jax.Array:
@@ -93,7 +93,7 @@ class Setup:
     def solo_examples(self) -> int:
         """Examples of the solo evaluation: a batch, but no more than take a quarter of the mean client's FLOPs."""
         batch, slots = self.config.batch_size, self.aligner.max_slots
-        if self.config.fitness != "solo":
+        if self.config.fitness not in ("solo", "ranked_solo"):
             return 0
         cost = self._cost(batch)
         examples = self._processed(jnp.arange(self.population.num_clients)).mean()
@@ -219,6 +219,7 @@ def make_fitness(config: TrainConfig) -> Fitness:
     """The fitness that a configuration names."""
     scores = {
         "solo": lambda: fitness.solo(beta=config.beta, probes=config.probes),
+        "ranked_solo": lambda: fitness.ranked(fitness.solo(beta=config.beta, probes=config.probes)),
         "loss": lambda: fitness.loss_driven(beta=config.beta),
         "accuracy": lambda: fitness.accuracy_driven(beta=config.beta),
         "usage": lambda: fitness.usage_driven(beta=config.beta),
