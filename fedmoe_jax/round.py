@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fedmoe_jax import aggregation, cache, posterior, sampling, scaffold
-from fedmoe_jax.aggregation import Transform, compression
+from fedmoe_jax.aggregation import Transform, checks, compression
 from fedmoe_jax.alignment import capacity
 from fedmoe_jax.base import Aggregator, Aligner, Cohort, LossFn, Population, RoundCost, pytree, stage_key
 from fedmoe_jax.conditions import Conditions, steady
@@ -129,7 +129,8 @@ def federated_moe(
     conditions = steady() if conditions is None else conditions
     limit = jnp.inf if deadline is None else deadline
     used, refused = plan.chosen(engine, client_optimizer, aggregator, parts, control_variates, reject_above)
-    compression.check(aggregator, broadcast, control_variates)
+    checks.check(aggregator, broadcast, control_variates, router)
+    checks.check_room(aggregator, parts, cohort_size, aligner.max_slots, personal_budget_bytes)
     if reject_above is not None and not 0 < reject_above < jnp.inf:
         raise ValueError(f"reject_above is {reject_above}, it must be above 0")
     trainer = Trainer(

@@ -153,3 +153,9 @@ def test_residuals_must_fit_their_budget():
         made.init(*WEIGHTS, POPULATION, float(needed - 1))
     kept = made.init(*WEIGHTS, POPULATION, float(needed))
     jax.tree.map(lambda rows, leaf: np.testing.assert_array_equal(rows, np.zeros((POPULATION, *leaf.shape))), kept, WEIGHTS)
+
+
+def test_too_few_bits_after_error_feedback_are_refused():
+    with pytest.raises(ValueError, match="chain has sparsify with error_feedback before fewer than 3 bits, whose errors would add up"):
+        aggregation.chain(aggregation.sparsify(), aggregation.quantize(bits=2), aggregation.mean())
+    aggregation.chain(aggregation.sparsify(error_feedback=False), aggregation.quantize(bits=2), aggregation.mean())

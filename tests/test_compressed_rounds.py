@@ -203,7 +203,7 @@ def test_two_groups_have_bytes_of_their_own_and_seconds_follow_each_direction():
 def test_what_does_not_go_together_is_refused():
     chained = aggregation.chain(aggregation.quantize(), aggregation.mean())
     for options in (dict(aggregator=chained), dict(broadcast=DOWN)):
-        with pytest.raises(ValueError, match="control_variates travel as they are, so they go neither with a broadcast nor with"):
+        with pytest.raises(ValueError, match="control_variates travel as they are: they go neither with a broadcast nor with"):
             algorithm(control_variates=True, **options)
     with pytest.raises(ValueError, match=r"broadcast must be aggregation.quantize\(...\): a client needs every weight"):
         algorithm(broadcast=aggregation.sparsify())

@@ -200,3 +200,18 @@ def test_validate_refuses_the_impossible(name, value):
 )
 def test_validate_takes_the_limits(fields):
     validate(dataclasses.replace(TrainConfig(), **fields))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(agreement=0.4, aggregator="median"), "agreement: must be 0 with compress_share"),
+        (dict(agreement=0.4, compress_share=0.05), "agreement: must be 0 with compress_share"),
+        (dict(compress_bits=2, compress_share=0.05), "compress_bits: must be at least 3 with compress_share"),
+    ],
+)
+def test_options_that_undo_each_other_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        validate(TrainConfig(**options))
+    for name in options:
+        validate(TrainConfig(**{other: value for other, value in options.items() if other != name}))

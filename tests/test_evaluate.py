@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from fedmoe_jax.experts import Slots, bind, gather
 from fedmoe_jax.nn.linear import as_float
+from fedmoe_jax.nn.moe import mix_all
 from fedmoe_jax.training import metrics, setup
 from fedmoe_jax.training.config import TrainConfig
 from fedmoe_jax.training.evaluate import client_evaluation, global_evaluation
@@ -86,3 +88,8 @@ def test_a_soft_router_mixes_all_experts_in_the_global_model():
     loss = -jax.nn.log_softmax(logits)[jnp.arange(len(y)), y].mean()
     assert found["eval_loss"] == pytest.approx(float(loss), rel=1e-4)
     assert found["eval_loss"] != pytest.approx(global_evaluation(made()[0])(state)["eval_loss"], rel=1e-3)
+
+
+def test_only_models_with_layers_of_ours_can_mix_all_experts():
+    with pytest.raises(ValueError, match=r"router is 'soft', but the model has no nn\.MoE layer"):
+        mix_all(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from small_round import BATCH, CLIENTS, EXPERTS, KEY, SIZES, algorithm, aligner, distance, model, population, run, weights
 
-from fedmoe_jax import alignment, partition, sampling
+from fedmoe_jax import aggregation, alignment, partition, sampling
 from fedmoe_jax.base import stage_key
 from fedmoe_jax.experts import RouterParam
 from fedmoe_jax.local.cost import round_cost
@@ -102,6 +102,12 @@ def test_a_client_optimizer_may_depend_on_the_round():
         (dict(chunk_size=0), "chunk_size is 0"),
         (dict(prox=-1.0), "prox is -1.0"),
         (dict(prox=float("nan")), "prox is nan"),
+        (dict(aggregator=aggregation.median(), control_variates=True), "control_variates: what clients return for it is summed"),
+        (dict(aggregator=aggregation.median(), router="statistics"), "router 'statistics': what clients return for it is summed"),
+        (
+            dict(aggregator=aggregation.median(), personal_budget_bytes=1.0),
+            "aggregator keeps the updates of a cohort of 5, which takes",
+        ),
         (dict(prox_on="experts"), "prox_on is 'experts', it must be 'all', 'shared' or 'router'"),
         (dict(deadline=0.0), "deadline is 0.0"),
         (dict(router="other"), "router is 'other', it must be 'shared', 'personal' or 'statistics'"),

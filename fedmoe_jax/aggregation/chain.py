@@ -217,4 +217,6 @@ def _checked(parts) -> tuple[tuple[Transform, ...], Aggregator]:
         if earlier.order >= later.order:
             problem = "twice" if earlier.name == later.name else f"before {later.name}, it must come after it"
             raise ValueError(f"chain has {earlier.name} {problem}")
+        if earlier.error_feedback and later.wire(Wire(1, 1, 32)).bits < 3:
+            raise ValueError(f"chain has {earlier.name} with error_feedback before fewer than 3 bits, whose errors would add up")
     return tuple(transforms), aggregator

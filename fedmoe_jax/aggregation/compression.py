@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from fedmoe_jax.aggregation.chain import Message, Transform, Wire, each_tensor, travel
-from fedmoe_jax.base import Aggregator, stage_key
+from fedmoe_jax.base import stage_key
 from fedmoe_jax.experts import groups
 
 SPARSIFY, QUANTIZE = 20, 30
@@ -154,15 +154,3 @@ def received(
     arrived, _ = travel((broadcast,), key, (experts, {}), versions, names)
     _, of_round = travel((broadcast,), jax.random.fold_in(key, round), ({}, shared), versions, names)
     return arrived, of_round
-
-
-def check(aggregator: Aggregator, broadcast: Transform | None, control_variates: bool) -> None:
-    """Refuses what does not go together.
-
-    Raises:
-      ValueError: naming the argument of `federated_moe` that cannot be.
-    """
-    if broadcast is not None and getattr(broadcast, "name", None) != "quantize":
-        raise ValueError("broadcast must be aggregation.quantize(...): a client needs every weight")
-    if control_variates and (broadcast is not None or aggregator.encoder is not None):
-        raise ValueError("control_variates travel as they are, so they go neither with a broadcast nor with compressed updates")

@@ -70,6 +70,7 @@ def trimmed_mean(*, share: float = 0.1) -> Aggregator:
     """
     if not 0 <= share < 0.5:
         raise ValueError(f"share is {share}, it must be at least 0 and below 0.5")
+    share = float(share)
 
     def rule(rows: Float[Array, "client value"], voters: Bool[Array, " client"]) -> Float[Array, " value"]:
         number = voters.sum()
@@ -99,6 +100,7 @@ def krum(*, byzantine: int | float, keep: int | None = 1) -> Aggregator:
     """
     if isinstance(byzantine, bool) or not (byzantine >= 0 if isinstance(byzantine, int) else 0 <= byzantine < 0.5):
         raise ValueError(f"byzantine is {byzantine}, it must be a whole number from 0, or a share below 0.5")
+    byzantine = byzantine if isinstance(byzantine, int) else float(byzantine)
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
         raise ValueError(f"keep is {keep}, it must be a whole number from 1, or None")
 

@@ -56,7 +56,7 @@ def pulls(parts: Partition, prox: float, prox_on: str) -> tuple[float, ...]:
         not left behind.
 
     Raises:
-      ValueError: if there is no such part.
+      ValueError: if there is no such part, or the model has no RouterParam to pull.
 
     References:
       [1] Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, eq. 2.
@@ -66,6 +66,8 @@ def pulls(parts: Partition, prox: float, prox_on: str) -> tuple[float, ...]:
     is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
     experts, shared = (jax.tree.leaves(tree, is_leaf=is_variable) for tree in (parts.experts, parts.shared))
     routers = [isinstance(variable, RouterParam) for variable in experts] + [False] * len(shared)
+    if prox and prox_on == "router" and not any(routers):
+        raise ValueError("prox_on is 'router', but the model has no RouterParam")
     chosen = {"all": [True] * len(routers), "shared": [False] * len(experts) + [True] * len(shared), "router": routers}[prox_on]
     return tuple(prox if pulled else 0.0 for pulled in chosen)
 

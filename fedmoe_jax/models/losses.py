@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Shaped
 
-from fedmoe_jax.base import Batch, LossFn
+from fedmoe_jax.base import Batch, LossFn, stage_key
 
 IGNORE = -1
 """A label that counts neither for the loss nor for the accuracy, such as padding of a text."""
@@ -54,14 +54,14 @@ def balanced_softmax(model: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Flo
 
 
 def augmented(loss_fn: LossFn) -> LossFn:
-    """A loss of images that are changed at random [1], see `augment`; for training, evaluation should see them as they are.
+    """A loss of images that are changed at random [1], see `augment`; for training, of which solo evaluation is part.
 
     References:
       [1] He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
     """
 
     def loss(model: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, " example"], dict[str, Array]]:
-        return loss_fn(model, dataclasses.replace(batch, x=augment(jax.random.fold_in(key, 0), batch.x)), jax.random.fold_in(key, 1))
+        return loss_fn(model, dataclasses.replace(batch, x=augment(stage_key(key, "augment"), batch.x)), key)
 
     return loss
 

@@ -183,10 +183,16 @@ class MoE(nnx.Module):
 
 
 def mix_all(model: nnx.Module) -> None:
-    """Makes every MoE layer of a model send each token to all experts, with the probabilities of its router as gates."""
-    for _, layer in nnx.iter_graph(model):
-        if isinstance(layer, MoE):
-            layer.top_k, layer.token_capacity, layer.renormalize = layer.router.shape[0], None, True
+    """Makes every `MoE` of a model send each token to all experts, with the probabilities of its router as gates.
+
+    Raises:
+      ValueError: if the model has none, but layers of its own.
+    """
+    found = [layer for _, layer in nnx.iter_graph(model) if isinstance(layer, MoE)]
+    if not found:
+        raise ValueError("router is 'soft', but the model has no nn.MoE layer")
+    for layer in found:
+        layer.top_k, layer.token_capacity, layer.renormalize = layer.router.shape[0], None, True
 
 
 def _check(features, hidden, num_experts, top_k, activation, token_capacity, shared_experts):

@@ -237,6 +237,10 @@ def _number(config, name, value):
         return f"must be below 0.5, got {value}"
     if name == "rotate" and value and config.compress_bits is None and config.broadcast_bits is None:
         return "must be false where neither compress_bits nor broadcast_bits is given"
+    if name == "agreement" and value and (getattr(config, "aggregator", "mean") != "mean" or getattr(config, "compress_share", None)):
+        return "must be 0 with compress_share, where most numbers are not sent, and with any aggregator but mean"
+    if name == "compress_bits" and value < 3 and getattr(config, "compress_share", None):
+        return f"must be at least 3 with compress_share, since errors of fewer add up, got {value}"
     other = _MOST_FIELD.get(name)
     most = num_clients(config) if other == "population" else getattr(config, other or "", None)
     if most is not None and value > most:

@@ -30,6 +30,8 @@ from fedmoe_jax.training.optimizers import client_optimizer, server_optimizer
 from fedmoe_jax.training.stream import Stream
 from fedmoe_jax.training.weights import load_weights
 
+MOST_LABEL_BYTES = 4e9
+"""Most that label priors of all clients may take."""
 LOCAL_TEST_FRACTION = 0.2
 """Share of each client's examples that is its own test split."""
 
@@ -60,10 +62,8 @@ class Setup:
         """The round, with `chunk` clients trained side by side."""
         config = self.config
         conditions = varying(availability=config.availability, speed_bias=config.speed_bias, speed_jitter=config.speed_jitter)
-        loss_fn = getattr(models.losses, config.loss)
-        loss_fn = models.losses.augmented(loss_fn) if config.augment else loss_fn
         return federated_moe(
-            self.model, loss_fn, client_optimizer=client_optimizer(config), server_optimizer=server_optimizer(config),
+            self.model, self.training_loss, client_optimizer=client_optimizer(config), server_optimizer=server_optimizer(config),
             aligner=self.aligner, cohort_size=config.cohort, batch_size=config.batch_size, local_steps=config.local_steps,
             local_epochs=None if config.local_steps is not None else config.local_epochs, prox=config.prox, prox_on=config.prox_on,
             router="shared" if config.router == "soft" else config.router, router_prior=config.router_prior,
@@ -101,6 +101,12 @@ class Setup:
         each = (cost.solo_shared_flops + (slots + self.aligner.probes) * cost.solo_expert_flops) / batch
         return max(1, min(batch, int(training / (3 * each))))
 
+    @functools.cached_property
+    def training_loss(self) -> Any:
+        """What clients minimise; `loss_fn` is that of evaluation."""
+        loss_fn = getattr(models.losses, self.config.loss)
+        return models.losses.augmented(loss_fn) if self.config.augment else loss_fn
+
     def cost(self) -> RoundCost:
         """What one round costs one client."""
         return self._cost(self.solo_examples)
@@ -115,7 +121,7 @@ class Setup:
         options |= dict(solo_batch=solo, max_slots=self.aligner.max_slots)
         links = {"down": broadcast(config), "up": aggregator(config).encoder}
         options |= {way: link.num_bytes for way, link in links.items() if link is not None}
-        return round_cost(self.parts, self.loss_fn, optimizer, batch_shape(self.population, config.batch_size), **options)
+        return round_cost(self.parts, self.training_loss, optimizer, batch_shape(self.population, config.batch_size), **options)
 
     def _processed(self, client: jax.Array) -> jax.Array:
         """Examples that these clients process in a round."""
@@ -168,6 +174,8 @@ def build(config: TrainConfig) -> Setup:
         holdout = of_test.window(np.asarray(clients.evaluated(len(owners))))
         return dataclasses.replace(_assemble(config, stream.index, holdout, test, labels), stream=stream, digests=digests)
     x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
+    if (needed := 4 * len(train) * dataset.num_classes) > MOST_LABEL_BYTES and config.loss == "balanced_softmax":
+        raise ValueError(f"loss: balanced_softmax keeps a number for each client and class, which takes {needed} bytes of at most 4e9")
     prior = clients.label_prior(dataset, train, np.arange(len(train))) if config.loss == "balanced_softmax" else None
     population = Population.from_arrays(x, y, train, profile, prior)
     holdout = Population.from_arrays(x, y, held_out, profile)
