@@ -16,6 +16,7 @@ from fedmoe_jax.training.fields import Options, UsageError, to_toml
 __all__ = ["TrainConfig", "UsageError", "from_toml", "located", "parse", "to_toml", "validate"]
 
 DEFAULT_POPULATION = 100
+MAX_INT = 2**31 - 1  # of whole numbers, as devices count
 SPLITS = ("iid", "dirichlet", "classes", "natural")
 MODELS = ("mlp", "resnet", "transformer")
 ALIGNERS = ("random", "greedy", "load_only", "balanced", "full")
@@ -198,9 +199,10 @@ def _number(config, name, value):
     if name in _ABOVE_ZERO and value <= 0:
         return f"must be above 0, got {value}"
     if name in _LEAST and value < _LEAST[name]:
-        return f"must be at least {_LEAST[name]}, got {value}"
-    if name in _MOST and value > _MOST[name]:
-        return f"must be at most {_MOST[name]}, got {value}"
+        return f"must be at least {_LEAST[name]}, got {fields.shown(value)}"
+    most = _MOST.get(name, MAX_INT if isinstance(value, int) else math.inf)
+    if value > most:
+        return f"must be at most {most}, got {fields.shown(value)}"
     other = _MOST_FIELD.get(name)
     most = num_clients(config) if other == "population" else getattr(config, other or "", None)
     if most is not None and value > most:
@@ -225,7 +227,7 @@ def _text(name, value):
         return None
     file = f", a file that ends in {' or '.join(PROFILE_FILES)}" if name == "profile" else ""
     custom = " or package.module:name" if name in _CUSTOM else ""
-    return f"{value!r} is unknown{fields.nearest(value, known).removesuffix('?')}; expected {', '.join(known)}{file}{custom}"
+    return f"{fields.shown(value)} is unknown{fields.nearest(value, known).removesuffix('?')}; expected {', '.join(known)}{file}{custom}"
 
 
 def from_toml(path: str | Path, cls: type = TrainConfig) -> dict[str, Any]:
