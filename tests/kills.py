@@ -121,6 +121,11 @@ def same(one, other):
     return alike and one.tobytes() == other.tobytes()
 
 
+def again(words, out):
+    """The command that continues a run, or starts it where it has left nothing yet."""
+    return ["train", "--resume", "--out", out] if (out / "config.toml").exists() else [*words, "--out", out]
+
+
 def campaign(folder, kills, seed=0):
     """Kills runs `kills` times at random moments of all phases; where each fell, and what differs at the end of each run."""
     draw, cache = random.Random(seed), folder / "compiled"
@@ -134,8 +139,7 @@ def campaign(folder, kills, seed=0):
         for _ in range(min(draw.randint(2, 5), kills - len(fallen))):
             phase, phases = draw.choice(list(SECONDS)), folder / f"{number}-{len(fallen)}.phases"
             count = draw.randint(1, 6) if phase in ("training", "evaluation", "checkpoint") else 1
-            resumed = (out / "config.toml").exists()
-            process = launch(phases, ["train", "--resume", "--out", out] if resumed else [*words, "--out", out], cache)
+            process = launch(phases, again(words, out), cache)
             if wait_for(process, phases, phase, count):
                 time.sleep(draw.random() * SECONDS[phase])
             process.kill()
@@ -146,7 +150,7 @@ def campaign(folder, kills, seed=0):
                 print(json.dumps(fallen[-1]), flush=True)
             else:
                 assert process.returncode == 0, err
-        process = launch(folder / f"{number}.phases", ["train", "--resume", "--out", out], cache)
+        process = launch(folder / f"{number}.phases", again(words, out), cache)
         _, err = process.communicate()
         runs.append({"run": number, "status": process.returncode, "differs": differences(out, alone) if process.returncode == 0 else err})
         print(json.dumps(runs[-1]), flush=True)

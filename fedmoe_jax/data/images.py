@@ -3,6 +3,7 @@
 import gzip
 import io
 import pickle
+import pickletools
 import re
 import zlib
 from pathlib import Path
@@ -130,6 +131,7 @@ def _read_cifar_binary(path, num_classes):
 def _read_cifar_pickle(path, num_classes):
     data = _read(path)
     try:
+        _check_opcodes(data)
         batch = _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
         batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
         pixels = _plain(batch["data"])
@@ -210,5 +212,16 @@ def _encode_latin1(text, encoding):
     return text.encode("latin1")
 
 
+def _check_opcodes(data):
+    """Refuses what makes an unpickler allocate more than the pickle holds."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "BYTEARRAY8" or (opcode.name.endswith("PUT") and int(argument) > len(data)):
+            raise pickle.UnpicklingError(f"it has {opcode.name} {argument!r:.20}, which is refused")
+
+
 def _plain(value):
-    return value.value if isinstance(value, _PickledArray) else np.asarray(value)
+    if isinstance(value, _PickledArray):
+        return value.value
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise pickle.UnpicklingError("it holds neither an array nor a list of whole numbers")
+    return np.asarray(value)

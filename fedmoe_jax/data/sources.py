@@ -10,6 +10,7 @@ import numpy as np
 
 from fedmoe_jax.data import hub, images
 from fedmoe_jax.data.dataset import Dataset, from_arrays, split
+from fedmoe_jax.data.npz import read_npz
 
 __all__ = ["Dataset", "from_arrays", "load", "split"]
 
@@ -81,11 +82,9 @@ def _read_path(path):
 
 def _read_npz(path):
     try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-    except Exception as error:  # a damaged archive can raise almost anything
-        reason = " ".join(str(error).split()).split("This file contains")[0] or type(error).__name__
-        raise ValueError(f"data {path}: not a readable .npz file ({reason[:200]})") from None
+        arrays: dict[str, Any] = dict(read_npz(path))
+    except ValueError as error:
+        raise ValueError(f"data {path}: not a readable .npz file ({error})") from None
     if "clients" in arrays:
         arrays.setdefault("client_ids", arrays.pop("clients"))
     return arrays

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import threading
@@ -67,7 +68,7 @@ class Checkpoints:
         try:
             self._clear()
             new.mkdir(parents=True)
-            with _quiet_threads():
+            with _quiet():
                 self._checkpointer().save(new / "state", args=ocp.args.StandardSave(stored or {"": np.zeros(1)}))
             _write_about(new, content | {"files": _files(new)})
             if round in self.rounds():
@@ -173,7 +174,8 @@ class Checkpoints:
         self._compare(round, {name: _describe(value) for name, value in entries.items()}, shapes)
         wanted = {name: _abstract(value) for name, value in entries.items() if np.prod(value.shape)}
         try:
-            arrays = self._checkpointer().restore(folder / "state", args=ocp.args.StandardRestore(wanted)) if wanted else {}
+            with _quiet():
+                arrays = self._checkpointer().restore(folder / "state", args=ocp.args.StandardRestore(wanted)) if wanted else {}
         except Exception as error:  # whatever Orbax says of files that are as they were written
             raise self._damage(round, _reason(error)) from error
         leaves, structure = jax.tree.flatten(template)
@@ -195,13 +197,16 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _quiet_threads():
-    """Keeps Orbax's threads from printing the error that `save` raises as well."""
-    before, threading.excepthook = threading.excepthook, lambda arguments: None
+def _quiet():
+    """Keeps Orbax's threads from logging the error that is raised as well."""
+    before, hook = logging.root.manager.disable, threading.excepthook
+    logging.disable(logging.CRITICAL)
+    threading.excepthook = lambda arguments: None
     try:
         yield
     finally:
-        threading.excepthook = before
+        logging.disable(before)
+        threading.excepthook = hook
 
 
 def _write_about(folder, content):

@@ -16,6 +16,7 @@ from fedmoe_jax.training.fields import Options, UsageError, to_toml
 __all__ = ["TrainConfig", "UsageError", "from_toml", "located", "parse", "to_toml", "validate"]
 
 DEFAULT_POPULATION = 100
+MAX_INT = 2**31 - 1  # of whole numbers, as devices count
 SPLITS = ("iid", "dirichlet", "classes", "natural")
 MODELS = ("mlp", "resnet", "transformer")
 ALIGNERS = ("random", "greedy", "load_only", "balanced", "full")
@@ -230,21 +231,30 @@ def _number(config, name, value):
     if name in _ABOVE_ZERO and value <= 0:
         return f"must be above 0, got {value}"
     if name in _LEAST and value < _LEAST[name]:
-        return f"must be at least {_LEAST[name]}, got {value}"
-    if name in _MOST and value > _MOST[name]:
-        return f"must be at most {_MOST[name]}, got {value}"
-    if name == "bad_share" and value >= 0.5:
-        return f"must be below 0.5, got {value}"
-    if name == "rotate" and value and config.compress_bits is None and config.broadcast_bits is None:
-        return "must be false where neither compress_bits nor broadcast_bits is given"
-    if name == "agreement" and value and (getattr(config, "aggregator", "mean") != "mean" or getattr(config, "compress_share", None)):
-        return "must be 0 with compress_share, where most numbers are not sent, and with any aggregator but mean"
-    if name == "compress_bits" and value < 3 and getattr(config, "compress_share", None):
-        return f"must be at least 3 with compress_share, since errors of fewer add up, got {value}"
+        return f"must be at least {_LEAST[name]}, got {fields.shown(value)}"
+    most = _MOST.get(name, MAX_INT if isinstance(value, int) else math.inf)
+    if value > most:
+        return f"must be at most {most}, got {fields.shown(value)}"
+    if problem := _together(config, name, value):
+        return problem
     other = _MOST_FIELD.get(name)
     most = num_clients(config) if other == "population" else getattr(config, other or "", None)
     if most is not None and value > most:
         return f"must be at most {other} ({most}), got {value}"
+    return None
+
+
+def _together(config, name, value):
+    """What is wrong with a number beside others, or None."""
+    compresses = getattr(config, "compress_share", None) is not None
+    if name == "bad_share" and value >= 0.5:
+        return f"must be below 0.5, got {value}"
+    if name == "rotate" and value and config.compress_bits is None and config.broadcast_bits is None:
+        return "must be false where neither compress_bits nor broadcast_bits is given"
+    if name == "agreement" and value and (compresses or getattr(config, "aggregator", "mean") != "mean"):
+        return "must be 0 with compress_share, where most numbers are not sent, and with any aggregator but mean"
+    if name == "compress_bits" and value < 3 and compresses:
+        return f"must be at least 3 with compress_share, since errors of fewer add up, got {value}"
     return None
 
 
@@ -265,7 +275,7 @@ def _text(name, value):
         return None
     file = f", a file that ends in {' or '.join(PROFILE_FILES)}" if name == "profile" else ""
     custom = " or package.module:name" if name in _CUSTOM else ""
-    return f"{value!r} is unknown{fields.nearest(value, known).removesuffix('?')}; expected {', '.join(known)}{file}{custom}"
+    return f"{fields.shown(value)} is unknown{fields.nearest(value, known).removesuffix('?')}; expected {', '.join(known)}{file}{custom}"
 
 
 def from_toml(path: str | Path, cls: type = TrainConfig) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 import tyro
 
+_LONGEST = 500  # letters of a mistake that are shown
+
 
 class UsageError(ValueError):
     """A mistake on the command line: one line that names the field."""
@@ -43,7 +45,7 @@ def convert(value: Any, hint: Any) -> Any:
         return None if value is None else convert(value, options[0])
     origin = typing.get_origin(hint) or hint
     if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return _float(value)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(convert(item, typing.get_args(hint)[0]) for item in value)
     if origin is dict and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
@@ -51,7 +53,23 @@ def convert(value: Any, hint: Any) -> Any:
     if origin in (int, str, bool) and type(value) is origin:
         return value
     expected = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list", dict: "a table"}
-    raise ValueError(f"expected {expected.get(origin, str(origin))}, got {value!r}")
+    raise ValueError(f"expected {expected.get(origin, str(origin))}, got {shown(value)}")
+
+
+def _float(value):
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"expected a number, got {shown(value)}, which is too large") from None
+
+
+def shown(value: Any) -> str:
+    """A value as errors show it, not too long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits or nesting than Python writes
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST // 2 else f"{text[: _LONGEST // 2]}..."
 
 
 def from_toml(path: str | Path, cls: type) -> dict[str, Any]:
@@ -64,7 +82,7 @@ def from_toml(path: str | Path, cls: type) -> dict[str, Any]:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML or UTF-8, a number or nesting beyond what Python reads
         raise ValueError(f"{path}: not a TOML file ({' '.join(str(error).split())})") from None
     known = hints(cls)
     values = {}
@@ -110,7 +128,7 @@ def _literal(text):
     """A flag's value as TOML would read it; anything else is a text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -178,10 +196,9 @@ def parse(
         }
         config = dataclasses.replace(config, **tables)
         check(config)
-    except UsageError:
-        raise
     except ValueError as error:
-        raise UsageError(" ".join(str(error).split())) from None
+        line = " ".join(str(error).split())
+        raise UsageError(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}...") from None
     return config, chosen
 
 

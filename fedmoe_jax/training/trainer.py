@@ -207,13 +207,19 @@ class Run:
     def _windows(self) -> Iterator[tuple[int, Population]]:
         """Where each block of rounds ends, and the population that it needs."""
         config, stream = self.setup.config, self.setup.stream
-        pauses = [every for every in (config.eval_every, config.checkpoint_every, config.stream) if every is not None]
-        ends = [last for last in range(self.done + 1, config.rounds + 1) if last == config.rounds or any(last % e == 0 for e in pauses)]
         if stream is None:
-            yield from ((last, self.setup.population) for last in ends)
+            yield from ((last, self.setup.population) for last in self._ends())
         else:
+            ends = list(self._ends())
             windows = stream.windows(self.state, cohort_size=config.cohort, stops=ends)
             yield from ((last, population) for last, (_, population) in zip(ends, windows, strict=True))
+
+    def _ends(self) -> Iterator[int]:
+        config, last = self.setup.config, self.done
+        pauses = [every for every in (config.eval_every, config.checkpoint_every, config.stream) if every is not None]
+        while last < config.rounds:
+            last = min(config.rounds, *((last // every + 1) * every for every in pauses))
+            yield last
 
     def _advance(self, population: Population, count: int, *, first: bool) -> Info:
         """One block. If the first does not fit into the device's memory it is tried again with half the chunk."""

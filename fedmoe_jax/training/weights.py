@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fedmoe_jax.data.npz import read_npz
 from fedmoe_jax.experts import partition
 from fedmoe_jax.round import State
 from fedmoe_jax.training.metrics import write_bytes
@@ -26,15 +27,17 @@ def load_weights(model: nnx.Module, source: str) -> None:
     """
     path = Path(source) / "weights.npz" if Path(source).is_dir() else Path(source)
     try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-    except Exception as error:  # a damaged archive can raise almost anything
+        found = read_npz(path)
+    except ValueError as error:
         raise ValueError(f"init_from: {source} holds no readable weights ({error})") from None
     parts = partition(model)
     for key, variable in (*nnx.to_flat_state(parts.experts), *nnx.to_flat_state(parts.shared)):
         name = "/".join(map(str, key))
-        if name not in found or found[name].shape != variable.shape:
-            raise ValueError(f"init_from: {source} does not fit the model: {name} is missing or not of shape {variable.shape}")
+        value = found.get(name)
+        if value is None or value.shape != variable.shape or not (value.dtype.kind == "f" or value.dtype == jnp.bfloat16):
+            raise ValueError(f"init_from: {source} does not fit the model: {name} is missing or not floats of shape {variable.shape}")
+        if not np.isfinite(value.astype(np.float32)).all():
+            raise ValueError(f"init_from: {source}: {name} is not finite")
         variable.set_value(jnp.asarray(found[name], variable.dtype))
     nnx.update(model, parts.experts, parts.shared)
 
