@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from fedmoe_jax import aggregation, cache, posterior, sampling, scaffold
+from fedmoe_jax import aggregation, cache, invariants, posterior, sampling, scaffold
 from fedmoe_jax.alignment import capacity
 from fedmoe_jax.base import Aggregator, Aligner, Cohort, LossFn, Population, RoundCost, pytree, stage_key
 from fedmoe_jax.conditions import Conditions, steady
@@ -80,6 +80,7 @@ def federated_moe(
     aggregator: Aggregator | None = None,
     control_variates: bool = False,
     personal_budget_bytes: float = 4e9,
+    check: bool = False,
 ) -> Algorithm:
     """Federated training of a model whose experts are spread over clients by an aligner.
 
@@ -107,6 +108,7 @@ def federated_moe(
       control_variates: clients correct their gradients as in SCAFFOLD, see `scaffold`, which doubles the traffic and keeps a
         gradient of the whole model for each client of the population. Clients then train with the primal engine.
       personal_budget_bytes: most that personal routers and control variates may each take in all.
+      check: each round's `Info` tells whether `invariants.NAMES` hold.
 
     Raises:
       ValueError: naming the argument that cannot be.
@@ -166,7 +168,11 @@ def federated_moe(
         new = State(state.key, state.round + 1, weights, shared, *carried, total, last, pace, held)
         dropped = available & ~admitted | cohort.present & ~on_time
         facts = dict(tokens=tokens, total=total, staleness=state.round - last, unavailable=~available, dropped=dropped)
-        return new, summarize(cohort, trainees, alignment, cost, traffic, jnp.minimum(taken, limit), summary, **facts)
+        info = summarize(cohort, trainees, alignment, cost, traffic, jnp.minimum(taken, limit), summary, **facts)
+        if check:
+            seen = (cohort, trainees, alignment, feedback, info.load, tokens, (weights, shared), aligner.groups)
+            info = dataclasses.replace(info, invariants=invariants.holding(*seen))
+        return new, info
 
     def explain(population: Population) -> tuple[plan.Choice, ...]:
         return tuple(choice._replace(reason=refused or choice.reason) for choice in trainer.plan(population))

@@ -18,8 +18,9 @@ MAY_IMPORT = {
     "models": FOUNDATION | {"nn", "models"},
     "data": {"data"},
     "info": FOUNDATION | {"alignment"},
-    "round": FOUNDATION | {"alignment", "aggregation", "local", "info"},
-    **dict.fromkeys(EDGE, FOUNDATION | STAGES | EDGE | {"models", "data", "info", "round"}),
+    "invariants": FOUNDATION,
+    "round": FOUNDATION | {"alignment", "aggregation", "local", "info", "invariants"},
+    **dict.fromkeys(EDGE, FOUNDATION | STAGES | EDGE | {"models", "data", "info", "invariants", "round"}),
     "bench": FOUNDATION | STAGES | {"models", "data", "info", "round", "bench"},
     "cli": FOUNDATION | STAGES | EDGE | {"models", "data", "info", "round", "bench", "cli"},
 }

@@ -28,6 +28,7 @@ ASSIGNMENTS = ("shared", "per_layer")
 ENGINES = ("auto", "primal", "dual")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adam", "adamw", "fedadam", "lion", "rmsprop", "yogi")
+DIVERGENCES = ("continue", "stop")
 SCHEDULES = ("constant", "cosine", "linear")
 
 
@@ -141,6 +142,8 @@ class TrainConfig:
     """Rounds between checkpoints."""
     init_from: str | None = None
     """Run folder or weights file to start from."""
+    on_divergence: str = "continue"
+    """What to do when no update of a round or the test loss is finite: continue, as updates that are not finite are left out, or stop."""
     target: float | None = None
     """Global test accuracy for rounds and bytes to target, above 0 and at most 1."""
 
@@ -161,6 +164,7 @@ _NAMES = {
     "shared_optimizer": OPTIMIZERS,
     "client_schedule": SCHEDULES,
     "server_schedule": SCHEDULES,
+    "on_divergence": DIVERGENCES,
 }
 _CUSTOM = ("model", "aligner", "profile")
 _LEAST = {

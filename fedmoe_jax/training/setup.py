@@ -55,6 +55,7 @@ class Setup:
     fitness: Fitness
     stream: Stream | None = None
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    check: bool = False
 
     def algorithm(self, chunk: int) -> Algorithm:
         """The round, with `chunk` clients trained side by side."""
@@ -67,6 +68,7 @@ class Setup:
             local_epochs=None if config.local_steps is not None else config.local_epochs, prox=config.prox, router=config.router,
             router_prior=config.router_prior, deadline=config.deadline, chunk_size=chunk, conditions=conditions,
             solo_examples=self.solo_examples, engine=config.engine, control_variates=config.control_variates,
+            check=self.check,
         )  # fmt: skip
 
     def aligner_scores(self, state: State) -> Any:
