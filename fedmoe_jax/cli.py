@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, located, parse
+from fedmoe_jax.training.interrupt import StoppedError
 
 _USAGE = """usage: fedmoe COMMAND ...
 
@@ -36,6 +37,8 @@ class TrainOptions:
     """Folder for a JAX profile."""
     tensorboard: str | None = None
     """Folder for TensorBoard event files."""
+    check: bool = False
+    """Look in every round whether the assignment, the accounts and the weights are as they must be."""
     explain: bool = False
     """Print how local training would treat each weight, and why, instead of training."""
 
@@ -98,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"fedmoe {words[0]}: interrupted{_go_on(words)}", file=sys.stderr)
         return 128 + getattr(error, "number", signal.SIGINT)
+    except StoppedError as error:
+        print(f"fedmoe {words[0]}: {error}", file=sys.stderr)
+        return 1
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else " ".join(str(error).split())
         print(f"fedmoe {words[0]}: {reason}{_go_on(words)}", file=sys.stderr)
@@ -123,7 +129,7 @@ def _train(words: list[str]) -> None:
     from fedmoe_jax.training.trainer import train
 
     callback = None if options.tensorboard is None else scalars(options.tensorboard)
-    summary = train(config, _folder(options.out), resume=options.resume, trace=options.trace, callback=callback)
+    summary = train(config, _folder(options.out), resume=options.resume, trace=options.trace, callback=callback, check=options.check)
     last = summary["last"]
     print(f"accuracy {_percent(last['eval_accuracy'])}, clients' own {_percent(last['client_accuracy_mean'])}: {options.out}/report.html")
 

@@ -20,6 +20,7 @@ class Info:
     the mean. `load` counts clients whose update arrived in time.
     `unavailable_clients` of the cohort could not be reached; `dropped_clients` are those too small or slow to take part, and
     those whose update came late. `train_loss` is NaN where nobody trained.
+    `invariants` tell which of `invariants.NAMES` hold, where that is asked for.
     """
 
     train_loss: Float[Array, ""]
@@ -41,6 +42,7 @@ class Info:
     unavailable_clients: Int[Array, ""]
     dropped_clients: Int[Array, ""]
     rejected_updates: Int[Array, ""]
+    invariants: Bool[Array, " invariant"] | None = None
 
 
 class Traffic(NamedTuple):

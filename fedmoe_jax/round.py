@@ -10,12 +10,12 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from fedmoe_jax import aggregation, cache, posterior, sampling, scaffold
-from fedmoe_jax.aggregation import Transform, checks, compression
+from fedmoe_jax import aggregation, arguments, cache, invariants, posterior, sampling, scaffold
+from fedmoe_jax.aggregation import Transform, compression
 from fedmoe_jax.alignment import capacity
 from fedmoe_jax.base import Aggregator, Aligner, Cohort, LossFn, Population, RoundCost, pytree, stage_key
 from fedmoe_jax.conditions import Conditions, steady
-from fedmoe_jax.experts import combine, groups, map_groups, num_experts, partition
+from fedmoe_jax.experts import combine, groups, map_groups, num_experts
 from fedmoe_jax.info import Info, downloads, summarize
 from fedmoe_jax.local import plan, primal
 from fedmoe_jax.local.cohort import Trainer, batch_shape, keep_routers, router_rows
@@ -86,6 +86,7 @@ def federated_moe(
     control_variates: bool = False,
     reject_above: float | None = None,
     personal_budget_bytes: float = 4e9,
+    check: bool = False,
 ) -> Algorithm:
     """Federated training of a model whose experts are spread over clients by an aligner.
 
@@ -118,21 +119,21 @@ def federated_moe(
       reject_above: rejects a client's update whose norm is above so many times that of the same weights as it received them, taken
         as 1 where it is less. Clients then train with the primal engine. What is not finite is always rejected.
       personal_budget_bytes: most that personal routers, control variates and residuals may each take in all.
+      check: each round's `Info` tells whether `invariants.NAMES` hold.
 
     Raises:
       ValueError: naming the argument that cannot be.
     """
-    experts, parts = _checked(
-        model, aligner, cohort_size, local_epochs, local_steps, batch_size, prox, router, router_prior, deadline, solo_examples, chunk_size
-    )
+    numbers: dict[str, Any] = dict(cohort_size=cohort_size, batch_size=batch_size, chunk_size=chunk_size, prox=prox)
+    numbers |= dict(local_epochs=local_epochs, local_steps=local_steps, router_prior=router_prior)
+    numbers |= dict(solo_examples=solo_examples, deadline=deadline, reject_above=reject_above)
+    experts, parts = arguments.checked(model, aligner, router, numbers)
     aggregator = aggregation.mean() if aggregator is None else aggregator
     conditions = steady() if conditions is None else conditions
     limit = jnp.inf if deadline is None else deadline
     used, refused = plan.chosen(engine, client_optimizer, aggregator, parts, control_variates, reject_above)
-    checks.check(aggregator, broadcast, control_variates, router)
-    checks.check_room(aggregator, parts, cohort_size, aligner.max_slots, personal_budget_bytes)
-    if reject_above is not None and not 0 < reject_above < jnp.inf:
-        raise ValueError(f"reject_above is {reject_above}, it must be above 0")
+    arguments.check_aggregation(aggregator, broadcast, control_variates, router)
+    arguments.check_room(aggregator, parts, cohort_size, aligner.max_slots, personal_budget_bytes)
     trainer = Trainer(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, primal.pulls(parts, prox, prox_on), router == "personal",
         batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
@@ -185,7 +186,11 @@ def federated_moe(
         new = State(state.key, state.round + 1, weights, shared, *carried, total, last, pace, held)
         dropped = available & ~admitted | cohort.present & ~on_time
         facts = dict(tokens=tokens, total=total, staleness=state.round - last, unavailable=~available, dropped=dropped)
-        return new, summarize(cohort, trainees, alignment, cost, traffic, jnp.minimum(taken, limit), summary, **facts)
+        info = summarize(cohort, trainees, alignment, cost, traffic, jnp.minimum(taken, limit), summary, **facts)
+        if check:
+            seen = (cohort, trainees, alignment, feedback, info.load, tokens, (weights, shared), aligner.groups)
+            info = dataclasses.replace(info, invariants=invariants.holding(*seen))
+        return new, info
 
     def explain(population: Population) -> tuple[plan.Choice, ...]:
         return tuple(choice._replace(reason=refused or choice.reason) for choice in trainer.plan(population))
@@ -289,31 +294,3 @@ def _serve(server_optimizer, state, delta, tokens, examples):
 
     experts = map_groups(trained, groups(experts), tokens, experts, state.experts)
     return (experts, jax.tree.map(lambda new, value: jnp.where(examples > 0, new, value), shared, state.shared)), optimizer
-
-
-def _checked(
-    model, aligner, cohort_size, local_epochs, local_steps, batch_size, prox, router, router_prior, deadline, solo_examples, chunk_size
-) -> Any:
-    counts = {"cohort_size": cohort_size, "batch_size": batch_size, "chunk_size": chunk_size}
-    counts |= {"local_epochs": local_epochs, "local_steps": local_steps}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}, it must be at least 1")
-    if (local_epochs is None) == (local_steps is None):
-        raise ValueError("local_epochs and local_steps: give exactly one of them")
-    for name, value in {"prox": prox, "router_prior": router_prior, "solo_examples": solo_examples or 0}.items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} is {value}, it must be at least 0")
-    if deadline is not None and not deadline > 0:
-        raise ValueError(f"deadline is {deadline}, it must be above 0 seconds")
-    if router not in ("shared", "personal", "statistics"):
-        raise ValueError(f"router is {router!r}, it must be 'shared', 'personal' or 'statistics'")
-    parts = partition(model)
-    experts, number = num_experts(parts.experts), len(groups(parts.experts))
-    if aligner.num_experts not in (None, experts):
-        raise ValueError(f"aligner is for {aligner.num_experts} experts, the model has {experts}")
-    if aligner.max_slots > experts:
-        raise ValueError(f"aligner gives up to {aligner.max_slots} experts, the model has {experts}")
-    if aligner.groups != number:
-        raise ValueError(f"aligner is made for groups={aligner.groups}, the model needs groups={number}: see alignment.grouped")
-    return number * experts, parts

@@ -18,8 +18,10 @@ MAY_IMPORT = {
     "models": FOUNDATION | {"nn", "models"},
     "data": {"data"},
     "info": FOUNDATION | {"alignment"},
-    "round": FOUNDATION | {"alignment", "aggregation", "local", "info"},
-    **dict.fromkeys(EDGE, FOUNDATION | STAGES | EDGE | {"models", "data", "info", "round"}),
+    "invariants": FOUNDATION,
+    "arguments": FOUNDATION | {"aggregation"},
+    "round": FOUNDATION | {"alignment", "aggregation", "local", "info", "invariants", "arguments"},
+    **dict.fromkeys(EDGE, FOUNDATION | STAGES | EDGE | {"models", "data", "info", "invariants", "round"}),
     "bench": FOUNDATION | STAGES | {"models", "data", "info", "round", "bench"},
     "cli": FOUNDATION | STAGES | EDGE | {"models", "data", "info", "round", "bench", "cli"},
 }

@@ -137,7 +137,7 @@ def _read_cifar_pickle(path, num_classes):
         pixels = _plain(batch["data"])
         labels = _plain(batch["labels" if num_classes == 10 else "fine_labels"])
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        raise ValueError(f"data {path}: not a CIFAR-{num_classes} batch ({' '.join(str(error).split())})") from None
+        raise ValueError(f"data {path}: not a CIFAR-{num_classes} batch ({' '.join(str(error).split())[:200]})") from None
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), _CIFAR_PIXELS) or labels.dtype.kind not in "iu" or not labels.size:
         raise ValueError(f"data {path}: {labels.size} labels for {pixels.dtype} pixels of shape {list(pixels.shape)}")
     return _cifar_arrays(path, pixels, labels, num_classes)
@@ -213,9 +213,9 @@ def _encode_latin1(text, encoding):
 
 
 def _check_opcodes(data):
-    """Refuses what makes an unpickler allocate more than the pickle holds."""
+    """Refuses what makes an unpickler allocate more than the pickle holds; `genops` itself refuses lengths beyond its end."""
     for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name == "BYTEARRAY8" or (opcode.name.endswith("PUT") and int(argument) > len(data)):
+        if opcode.name.endswith("PUT") and int(argument) > len(data):
             raise pickle.UnpicklingError(f"it has {opcode.name} {argument!r:.20}, which is refused")
 
 

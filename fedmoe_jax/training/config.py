@@ -22,15 +22,13 @@ MODELS = ("mlp", "resnet", "transformer")
 ALIGNERS = ("random", "greedy", "load_only", "balanced", "full")
 FITNESSES = ("solo", "ranked_solo", "loss", "accuracy", "usage")
 ROUTERS = ("shared", "personal", "soft", "statistics")
-PROFILES = tuple(SOURCES)
-PROFILE_FILES = (".json", ".jsonl")
-LOSSES = ("cross_entropy", "balanced_softmax")
-PULLED = ("all", "shared", "router")
-ASSIGNMENTS = ("shared", "per_layer")
-ENGINES = ("auto", "primal", "dual")
+PROFILES, PROFILE_FILES = tuple(SOURCES), (".json", ".jsonl")
+LOSSES, PULLED = ("cross_entropy", "balanced_softmax"), ("all", "shared", "router")
+ASSIGNMENTS, ENGINES = ("shared", "per_layer"), ("auto", "primal", "dual")
 AGGREGATORS = ("mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adam", "adamw", "fedadam", "lion", "rmsprop", "yogi")
+DIVERGENCES = ("continue", "stop")
 SCHEDULES = ("constant", "cosine", "linear")
 
 
@@ -166,6 +164,8 @@ class TrainConfig:
     """Rounds between checkpoints."""
     init_from: str | None = None
     """Run folder or weights file to start from."""
+    on_divergence: str = "continue"
+    """What to do when no update of a round or the test loss is finite: continue, as updates that are not finite are left out, or stop."""
     target: float | None = None
     """Global test accuracy for rounds and bytes to target, above 0 and at most 1."""
 
@@ -189,6 +189,7 @@ _NAMES = {
     "shared_optimizer": OPTIMIZERS,
     "client_schedule": SCHEDULES,
     "server_schedule": SCHEDULES,
+    "on_divergence": DIVERGENCES,
 }
 _CUSTOM = ("model", "aligner", "profile")
 _LEAST = {
@@ -202,8 +203,8 @@ _ABOVE_ZERO = (
     *("availability", "alpha", "client_lr", "server_lr", "shared_lr", "beta", "deadline", "target", "compress_share"),
     *("clip_norm", "reject_above"),
 )
-_MOST = {**dict.fromkeys(("availability", "demand", "beta", "target", "compress_share", "agreement"), 1), "seed": 2**32 - 1}
-_MOST |= dict.fromkeys(("compress_bits", "broadcast_bits"), 8)
+_MOST = dict.fromkeys(("availability", "demand", "beta", "target", "compress_share", "agreement"), 1)
+_MOST |= {"seed": 2**32 - 1, "compress_bits": 8, "broadcast_bits": 8}
 _MOST_FIELD = {"cohort": "population", "slots": "experts", "top_k": "experts", "probes": "experts"}
 
 

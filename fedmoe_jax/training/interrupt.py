@@ -22,6 +22,10 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+class StoppedError(RuntimeError):
+    """A run that is not to go on, in one line that names the round."""
+
+
 class Interrupts:
     """Turns SIGINT and SIGTERM into `Interrupted`, at once or, inside `deferred`, at its end; a context manager.
 

@@ -57,6 +57,7 @@ class Setup:
     fitness: Fitness
     stream: Stream | None = None
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    check: bool = False
 
     def algorithm(self, chunk: int) -> Algorithm:
         """The round, with `chunk` clients trained side by side."""
@@ -69,7 +70,7 @@ class Setup:
             router="shared" if config.router == "soft" else config.router, router_prior=config.router_prior,
             deadline=config.deadline, chunk_size=chunk, conditions=conditions,
             solo_examples=self.solo_examples, engine=config.engine, control_variates=config.control_variates,
-            aggregator=aggregator(config), broadcast=broadcast(config), reject_above=config.reject_above,
+            aggregator=aggregator(config), broadcast=broadcast(config), reject_above=config.reject_above, check=self.check,
         )  # fmt: skip
 
     def aligner_scores(self, state: State) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import resource
 import sys
@@ -12,7 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from fedmoe_jax import invariants
 from fedmoe_jax.data.population import Population
 from fedmoe_jax.info import Info
 from fedmoe_jax.round import State, rounds
@@ -20,7 +23,7 @@ from fedmoe_jax.training import metrics
 from fedmoe_jax.training.checkpoint import Checkpoints
 from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, located, to_toml, validate
 from fedmoe_jax.training.evaluate import client_evaluation, global_evaluation
-from fedmoe_jax.training.interrupt import Interrupts, alone
+from fedmoe_jax.training.interrupt import Interrupts, StoppedError, alone
 from fedmoe_jax.training.metrics import MetricsLog, Record
 from fedmoe_jax.training.plots import draw_run
 from fedmoe_jax.training.progress import Progress
@@ -38,7 +41,13 @@ Callback = Callable[[State, Record], Any]
 
 
 def train(
-    config: TrainConfig, out: str | Path, *, resume: bool = False, trace: str | None = None, callback: Callback | None = None
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    trace: str | None = None,
+    callback: Callback | None = None,
+    check: bool = False,
 ) -> dict[str, Any]:
     """Trains as `config` says and leaves config, metrics, checkpoints, plots and report in `out`.
 
@@ -48,6 +57,7 @@ def train(
       resume: continue the run in `out`; a finished one is left alone.
       trace: folder for a JAX profile of the second block of rounds, which compiles nothing; of the first if it is the only one.
       callback: see `Callback`.
+      check: look in every round whether `invariants.NAMES` hold.
 
     Returns:
       The content of summary.json.
@@ -56,6 +66,7 @@ def train(
       UsageError: if `out` cannot be used, or the data are not those that the run began with.
       ValueError: naming the field that cannot be, or the checkpoint.
       Interrupted: after SIGTERM or SIGINT, when the block of rounds in flight has ended and its checkpoint is written.
+      StoppedError: if an invariant does not hold, or training has diverged and is to stop then.
       OSError: if something cannot be written; what was written before stays, and the run can be continued.
     """
     validate(config)
@@ -67,7 +78,7 @@ def train(
     started = resume and checkpoints.latest() is not None  # then what it started from is not needed
     with Interrupts() as interrupts, checkpoints, Progress(config.rounds) as progress:
         setup = build(dataclasses.replace(config, init_from=None) if started else config)
-        run = Run(setup, note=progress.note)
+        run = Run(dataclasses.replace(setup, check=check), note=progress.note)
         with alone(out):
             claim(out, config, resume)
             for torn in filter(metrics.is_unfinished, out.iterdir()):
@@ -197,12 +208,26 @@ class Run:
             for row in range(last - self.done):
                 given = results if self.done + row + 1 == last else [{}] * self.width
                 yield tuple(self._record(self.done + row, infos, (row, run), seconds, given[run]) for run in range(self.width))
+            self._stop_if_wrong(infos, results, last - self.done)
             self.done, number = last, number + 1
             stopped = stop()
             if checkpoints is not None and (stopped or last % config.checkpoint_every == 0 or last == config.rounds):
                 self._save(checkpoints)
             if stopped:
                 return
+
+    def _stop_if_wrong(self, infos: Info, results: list[dict[str, Any]], count: int) -> None:
+        """Looks at a block of rounds before its checkpoint is written."""
+        if infos.invariants is not None:
+            holds = infos.invariants.reshape(self.width, -1, len(invariants.NAMES))[:, :count].all(axis=0)
+            for row, name in zip(*np.nonzero(~holds), strict=True):
+                raise StoppedError(f"round {self.done + row}: it does not hold that {invariants.NAMES[name]}")
+        if self.setup.config.on_divergence == "stop":
+            none_left = np.asarray((infos.rejected_updates > 0) & (infos.clients == infos.rejected_updates))
+            refused = none_left.reshape(self.width, -1)[:, count - 1]
+            if refused.any() or any(not math.isfinite(given.get("eval_loss", 0.0)) for given in results):
+                what = "training has diverged: no update, or not the test loss, is finite; lower client_lr or server_lr"
+                raise StoppedError(f"round {self.done + count - 1}: {what}")
 
     def _windows(self) -> Iterator[tuple[int, Population]]:
         """Where each block of rounds ends, and the population that it needs."""
