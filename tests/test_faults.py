@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import gc
 import json
 import os
 import resource
@@ -118,7 +119,7 @@ def operations(left_alone, compiled, tmp_path_factory):
 @pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))], ids=["killed", "full"])
 def test_a_fault_in_any_operation_on_files_loses_nothing(error, quick, operations, left_alone, tmp_path):
     before = 0
-    for number, at in enumerate(np.random.default_rng(0).choice(operations, 4, replace=False) + 1):
+    for number, at in enumerate(np.random.default_rng(0).choice(operations, 3, replace=False) + 1):
         out = tmp_path / f"run-{number}"
         with pytest.MonkeyPatch.context() as patch, pytest.raises((Killed, OSError)) as caught:
             fail_at(patch, int(at), error)
@@ -147,6 +148,7 @@ def test_a_torn_line_is_written_again(at, quick, left_alone, tmp_path):
     go_on(tmp_path / "run", left_alone)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax leaves behind
 def test_a_file_too_large_for_the_disk_is_one_line(quick, left_alone, tmp_path, capsys, monkeypatch):
     (tmp_path / "config.toml").write_text(to_toml(CONFIG))
     real, saved = Checkpoints.save, []
@@ -167,7 +169,7 @@ def test_a_file_too_large_for_the_disk_is_one_line(quick, left_alone, tmp_path, 
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "the checkpoint of round 6 cannot be written" in err and f"--resume --out {out}" in err
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["2", "4"]
-    monkeypatch.undo()
+    gc.collect()
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,10 +1,12 @@
 """Checkpoints of a run: a pytree and a JSON object a round, complete or not there at all, and told apart when damaged."""
 
 import contextlib
+import gc
 import json
 import logging
 import os
 import shutil
+import sys
 import threading
 import zlib
 from collections.abc import Callable
@@ -22,6 +24,7 @@ SCHEMA = 2
 
 _ABOUT = "checkpoint.json"
 _SHOWN = 3  # differences named in an error
+_PATIENCE = 10.0  # seconds for a thread of Orbax to end after an error
 
 
 class DamagedError(ValueError):
@@ -64,19 +67,26 @@ class Checkpoints:
         content = {"shapes": {name: _describe(value) for name, value in entries.items()}, "extra": extra or {}}
         arrays = {name: _data(value) for name, value in entries.items()}
         stored = {name: value for name, value in arrays.items() if value.size}  # Orbax refuses arrays without elements
-        new = self.dir / f".{round}.tmp"
-        try:
-            self._clear()
-            new.mkdir(parents=True)
-            with _quiet():
+        new, failure = self.dir / f".{round}.tmp", None
+        with _quiet():
+            try:
+                self._clear()
+                new.mkdir(parents=True)
                 self._checkpointer().save(new / "state", args=ocp.args.StandardSave(stored or {"": np.zeros(1)}))
-            _write_about(new, content | {"files": _files(new)})
-            if round in self.rounds():
-                self._remove(round)
-            new.rename(self.dir / str(round))
-        except Exception as error:  # TensorStore's errors of a full disk are of several types
+                _write_about(new, content | {"files": _files(new)})
+                if round in self.rounds():
+                    self._remove(round)
+                new.rename(self.dir / str(round))
+            except Exception as error:  # TensorStore's errors of a full disk are of several types
+                failure = _reason(error)
+                for thread in threading.enumerate():  # what still writes would do so where all is removed
+                    if type(thread).__module__.startswith("orbax"):
+                        thread.join(_PATIENCE)
+            if failure is not None:
+                gc.collect()  # coroutines that were left behind complain when they go
+        if failure is not None:
             shutil.rmtree(new, ignore_errors=True)
-            raise OSError(f"{self.dir}: the checkpoint of round {round} cannot be written ({_reason(error)})") from error
+            raise OSError(f"{self.dir}: the checkpoint of round {round} cannot be written ({failure})")
         for other in self.rounds():
             if other > round or (other in self._damaged and other != round):
                 self._remove(other)
@@ -198,15 +208,15 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _quiet():
-    """Keeps Orbax's threads from logging the error that is raised as well."""
-    before, hook = logging.root.manager.disable, threading.excepthook
+    """Keeps Orbax's threads and coroutines from telling of the error that is raised as well."""
+    level, hooks = logging.root.manager.disable, (threading.excepthook, sys.unraisablehook)
     logging.disable(logging.CRITICAL)
-    threading.excepthook = lambda arguments: None
+    threading.excepthook = sys.unraisablehook = lambda arguments: None
     try:
         yield
     finally:
-        logging.disable(before)
-        threading.excepthook = hook
+        logging.disable(level)
+        threading.excepthook, sys.unraisablehook = hooks
 
 
 def _write_about(folder, content):
