@@ -190,10 +190,12 @@ class Run:
     ) -> Iterator[tuple[Record, ...]]:
         """Runs to the end, yielding each round's record of every run; evaluates and saves at the blocks' ends.
 
-        With `stop()` true it saves and ends after the block in flight.
+        With `stop()` true it saves and ends after the block in flight; before the first block there is nothing to save.
         """
         config, number, windows = self.setup.config, 0, self._windows()
-        while self.done < config.rounds and not stop():
+        if stop():
+            return
+        while self.done < config.rounds:
             start = time.perf_counter()
             last, population = next(windows)
             waited = time.perf_counter() - start
