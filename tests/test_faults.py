@@ -116,7 +116,10 @@ def operations(left_alone, compiled, tmp_path_factory):
     return count[0]
 
 
-@pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))], ids=["killed", "full"])
+FULL = pytest.param(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), id="full", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("error", [pytest.param(Killed(), id="killed"), FULL])
 def test_a_fault_in_any_operation_on_files_loses_nothing(error, quick, operations, left_alone, tmp_path):
     before = 0
     for number, at in enumerate(np.random.default_rng(0).choice(operations, 3, replace=False) + 1):

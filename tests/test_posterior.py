@@ -471,7 +471,7 @@ def test_what_cannot_be_is_said_in_a_line():
         posterior.start(partition(Net(pool=True)), drawn((5, 2), (5, 3)))
     assert one_line(error)
     with pytest.raises(
-        ValueError, match="router: 'statistic' is unknown, did you mean 'statistics'; expected shared, personal, statistics"
+        ValueError, match="router: 'statistic' is unknown, did you mean 'statistics'; expected shared, personal, soft, statistics"
     ):
         validate(TrainConfig(router="statistic"))
 

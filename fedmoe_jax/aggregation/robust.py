@@ -251,7 +251,7 @@ def _split(flat: Float[Array, "*lead value"], leaves: list[Array], lead: int) ->
     return [part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
 
 
-def _as_experts(made: list[Float[Array, "expert value"]], experts: PyTree) -> PyTree:
+def _as_experts(made: list[Float[Array, "expert _value"]], experts: PyTree) -> PyTree:
     """The inverse of `_of_groups`, in the shapes and dtypes of `experts`."""
     leaves, treedef = jax.tree.flatten(experts)
     group = group_places(experts)
