@@ -141,7 +141,7 @@ def test_where_signs_disagree_the_mean_is_multiplied_by_how_far_they_agree(agree
 
 
 def test_clients_of_one_mind_agree():
-    clients = jax.tree.map(lambda a: a, update(5))
+    clients = update(5)
     one = dataclasses.replace(clients, **{part: jax.tree.map(jnp.ones_like, getattr(clients, part)) for part in ("experts", "shared")})
     rule = aggregation.mean(agreement=1.0)
     jax.tree.map(np.testing.assert_array_equal, rule.finish(rule.add(rule.init(EXPERT_ZEROS, SHARED_ZEROS), one)), whole(one))

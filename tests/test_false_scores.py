@@ -65,8 +65,10 @@ def test_an_expert_can_be_bought_with_scores_and_with_ranks_for_no_more_than_an_
     _, fans, _ = shares("as they are", "nobody")
     _, left, bought = shares("as they are", "one perfect")
     assert left < 0.5 * fans and bought > 0.75
+    np.testing.assert_allclose([fans, left], [0.76, 0.27], atol=0.01)  # what the README says
     _, fans, _ = shares("ranked", "nobody")
     _, left, bought = shares("ranked", "one perfect")
+    np.testing.assert_allclose([fans, left], [0.75, 0.56], atol=0.01)
     places, honest, liars = COHORT / EXPERTS, (~LIARS & (FAVOURITE == 0)).mean() * COHORT, LIARS.mean() * COHORT
     assert left > min(fans, places / (honest + liars)) - 0.1 and bought < places / (honest + liars) + 0.1
 
