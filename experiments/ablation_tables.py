@@ -4,9 +4,11 @@ import numpy as np
 
 from experiments import outcome
 from experiments.ablations import __main__ as plan
-from experiments.outcome import BASE, GLOBAL, OURS, PLAIN, PRIOR
+from experiments.outcome import BASE, GLOBAL, OURS, PAPER, PLAIN, PRIOR
 
 UNCHANGED = "unchanged"
+PROBES = "+three_probes"
+RIVALS = (BASE, "load_only", PAPER)
 MODELS = {
     f"{BASE}, global": (BASE, GLOBAL),
     f"{OURS}, global": (OURS, GLOBAL),
@@ -77,6 +79,47 @@ def one_thing(cells, changed):
     return "\n".join(parts) or NONE
 
 
+def faster(cells, changed):
+    """A row for each cell and each way to learn fitness sooner: what the target of plain serving took, and how much less that is."""
+    head = ["cell and change", "rounds", "MB", *(f"rounds less {name}" for name in RIVALS), f"MB less {BASE}", "clients", "clients, prior"]
+    head += ["CV of tokens", "least trained"]
+    rows = []
+    for cell, result in cells.items():
+        found = {name: changed[f"{cell}+{name}"]["runs"] for name in plan.FASTER if f"{cell}+{name}" in changed}
+        if not found:
+            continue
+        base = result["runs"]
+        goal = outcome.goals(base)[PLAIN]
+        rows.append(
+            [f"**{outcome.title(result['config'])}**, {BASE}", *outcome.costs(base[BASE], PLAIN, goal)[:2], *[""] * 4, *_ends(base[BASE])]
+        )
+        for name, runs in ({UNCHANGED: base} | found).items():
+            ours = _paired(f"{cell}+{name}", runs, base[OURS])[OURS]
+            shares = [outcome.share(ours, base[rival], "round", PLAIN, goal) for rival in RIVALS]
+            shares.append(outcome.share(ours, base[BASE], "bytes", PLAIN, goal))
+            rows.append([_code(name), *outcome.costs(ours, PLAIN, goal)[:2], *shares, *_ends(ours)])
+    return outcome.table(head, rows) if rows else NONE
+
+
+def longer(cells, changed):
+    """The global model after twice the rounds, and the clients' accuracy with label prior."""
+    rows = []
+    for cell in plan.SHIFTED:
+        names = [f"{cell}+{plan.TOGETHER}{probes}+{plan.LONGER}" for probes in ("", "+three_probes")]
+        if not {names[0]} <= set(changed):
+            continue
+        base = changed[names[0]]["runs"][BASE]
+        for name in filter(changed.get, names):
+            ours = _paired(name, changed[name]["runs"], base)[OURS]
+            each = [
+                [*(outcome.accuracy(seeds, metric) for seeds in (base, ours)), outcome.gain(ours, base, metric)]
+                for metric in (GLOBAL, PRIOR)
+            ]
+            rows.append([f"{_kind(cells[cell])}, {_code(name.partition('+')[2])}", *each[0], *each[1]])
+    head = ["cell", BASE, OURS, "difference", f"{BASE}, clients, prior", f"{OURS}, clients, prior", "difference"]
+    return outcome.table(head, rows) if rows else NONE
+
+
 def fallback(cells, changed):
     """A row for each cell: `balanced`, the same with the fallback, and `random`."""
     words = [OURS, "with fallback", BASE, f"fallback less {OURS}", f"fallback less {BASE}"]
@@ -126,14 +169,22 @@ def _one_thing(what, base, rows, *, compared):
 def _variants(cells, changed):
     """The runs of each variant of each cell that has some, unchanged first."""
     found = {}
-    for cell in plan.DIFFERENT:
-        names = [name for name in plan.GLOBAL if f"{cell}+{name}" in changed]
+    for cell in (*plan.DIFFERENT, "shakespeare"):
+        planned = (*plan.GLOBAL, plan.ON_SKEW, *plan.PROBED, f"{plan.ON_SKEW}{PROBES}")
+        names = [name for name in planned if f"{cell}+{name}" in changed]
         if cell in cells and names:
-            base = cells[cell]["runs"]
-            found[cell] = {UNCHANGED: base} | {
-                name: _paired(f"{cell}+{name}", changed[f"{cell}+{name}"]["runs"], base[OURS], BASE) for name in names
-            }
+            rows = found[cell] = {UNCHANGED: cells[cell]["runs"]}
+            for name in names:
+                runs = changed[f"{cell}+{name}"]["runs"]
+                if name.endswith(PROBES):
+                    runs = {BASE: rows[name.removesuffix(PROBES)][BASE]} | runs
+                rows[name] = _paired(f"{cell}+{name}", runs, rows[UNCHANGED][OURS], BASE)
     return found
+
+
+def _ends(seeds):
+    loads = [outcome.number(seeds, metric) for metric in ("load_cv_total", "load_least_total")]
+    return [*(outcome.accuracy(seeds, metric) for metric in (PLAIN, PRIOR)), *loads]
 
 
 def _paired(name, runs, base, *needed):

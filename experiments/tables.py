@@ -25,6 +25,8 @@ def rendered(cells, changed, compressed):
             "cells": grid_tables.summary(cells),
             "factors": grid_tables.factors(cells),
             "global model": ablation_tables.best_models(cells, changed),
+            "faster": ablation_tables.faster(cells, changed),
+            "longer": ablation_tables.longer(cells, changed),
             "fallback": ablation_tables.fallback(cells, changed),
             "communication": communication_tables.savings(compressed),
         },

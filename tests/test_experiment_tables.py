@@ -217,6 +217,36 @@ def test_one_thing_at_a_time_is_compared_with_the_unchanged_cell():
     assert row["balanced less random, prior"] == f"-10.5 ± {half(-21, 0):.1f}"
 
 
+def test_with_more_probes_the_baseline_is_that_without():
+    cells, found = changed("statistics+server_adam", "statistics+server_adam+three_probes")
+    found[f"{CELL}+statistics+server_adam+three_probes"]["runs"] = {"balanced": RUNS["balanced"]}
+    (rows,) = rows_of(ablation_tables.global_models(cells, found)).values()
+    less, more = (rows[f"`statistics` + `server_adam`{probes}"] for probes in ("", " + `three_probes`"))
+    assert more["random, global"] == less["random, global"].strip("*")
+    assert more["balanced, global"] == rows["unchanged"]["balanced, global"].strip("*") != less["balanced, global"]
+
+
+def test_rounds_with_more_probes_are_compared_with_those_of_rivals_to_the_same_target():
+    cells, found = changed("three_probes", runs={"balanced": BETTER["balanced"]})
+    cells[CELL] |= {"runs": RUNS | {"load_only": RUNS["random"], "paper-style greedy": RUNS["full"]}}
+    (rows,) = rows_of(ablation_tables.faster(cells, found)).values()
+    assert list(rows) == ["**Fashion-MNIST, feature shift**, random", "unchanged", "`three_probes`"]
+    assert [rows[name]["rounds"] for name in rows] == ["8", "3", "2"]
+    row = rows["`three_probes`"]
+    assert row["rounds less random"] == row["MB less random"] == row["rounds less load_only"] == "-75% ± 0"
+    assert row["rounds less paper-style greedy"] == "+0% ± 0" and row["clients"] == f"56.0 ± {half(52, 60):.1f}"
+    assert row["least trained"] == f"0.504 ± {half(0.468, 0.54):.3f}"
+
+
+def test_twice_the_rounds_are_compared_with_as_many():
+    name = "statistics+shared_expert+server_adam"
+    cells, found = changed(f"{name}+200_rounds", f"{name}+three_probes+200_rounds")
+    found[f"{CELL}+{name}+three_probes+200_rounds"]["runs"] = {"balanced": RUNS["balanced"]}
+    rows = list(rows_of(ablation_tables.longer(cells, found))["cell"].values())
+    assert [row["balanced"] for row in rows] == [f"28.0 ± {half(26, 30):.1f}", f"30.0 ± {half(25, 35):.1f}"]
+    assert {row["random"] for row in rows} == {f"35.0 ± {half(40, 30):.1f}"}
+
+
 def test_the_fallback_is_compared_with_both():
     cells, found = changed("fallback", runs={"balanced": BETTER["balanced"]})
     cells |= changed(cell="fashion_iid")[0]  # not run with it
