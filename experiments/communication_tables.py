@@ -12,6 +12,7 @@ from fedmoe_jax.training.plots import COLORS, MARKERS
 
 LINKS, FULL = "links", "full"
 NONE = "Nothing has been run yet.\n"
+LINES = ("-", "--", ":", "-.")
 
 
 def savings(results):
@@ -72,14 +73,14 @@ def curves(results, path):
     cells = variants_of(results)
     figure = Figure(figsize=(6.4 * max(len(cells), 1), 4.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    looks = list(dict.fromkeys(key for _, runs in cells.values() for key in runs))
+    aligners, links = (list(dict.fromkeys(key[place] for _, runs in cells.values() for key in runs)) for place in (0, 1))
     for axes, (config, runs) in zip(figure.subplots(1, len(cells), squeeze=False)[0], cells.values(), strict=True):
-        for key, seeds in runs.items():
-            place = looks.index(key)
+        for (aligner, compression), seeds in sorted(runs.items(), key=lambda item: (aligners.index(item[0][0]), links.index(item[0][1]))):
+            place = links.index(compression)
             megabytes = np.mean([run["bytes"] for run in seeds], axis=0) / 1e6
             accuracy = 100 * np.mean([run[PRIOR] for run in seeds], axis=0)
-            style = dict(color=COLORS[place % len(COLORS)], marker=MARKERS[place % len(MARKERS)], linestyle="--" if key[1] else "-")
-            axes.plot(megabytes, accuracy, label=label(*key).replace("`", ""), markersize=4, **style)
+            style = dict(color=COLORS[aligners.index(aligner)], marker=MARKERS[place % len(MARKERS)], linestyle=LINES[place % len(LINES)])
+            axes.plot(megabytes, accuracy, label=label(aligner, compression).replace("`", ""), markersize=4, **style)
         axes.set_xscale("log")
         axes.set_title(outcome.title(config))
         axes.set_xlabel("MB down and up, all clients")
