@@ -194,18 +194,7 @@ def variant(setup: Setup, config: TrainConfig) -> Setup:
 def _assemble(config, population, holdout, test, labels):
     if config.augment and population.x.ndim not in (3, 4):
         raise ValueError(f"augment: {config.data} has examples of shape {population.x.shape[1:]}, only images can be mirrored and shifted")
-    options: dict[str, Any] = dict(config.model_options)
-    if taken := sorted(set(options) & {"input_shape", "num_classes", "num_experts", "top_k", "seed", "dtype", "per_layer"}):
-        raise ValueError(f"model_options: {', '.join(taken)} cannot be set there, it follows from the data or has a field of its own")
-    if config.model in MODELS:
-        options = {"balance_weight": config.balance_weight, "shared_experts": config.shared_experts, **options}
-    elif config.shared_experts:
-        raise ValueError(f"shared_experts: {config.model} must make its own; leave it at 0, or pass it with model_options")
-    model = models.create(
-        config.model, input_shape=population.x.shape[1:], num_classes=labels["num_classes"], num_experts=config.experts,
-        top_k=config.top_k, seed=config.seed, dtype=None if config.dtype == "float32" else jnp.bfloat16,
-        per_layer=config.assignment == "per_layer", **options,
-    )  # fmt: skip
+    model = models.create(**architecture(config, population.x.shape[1:], labels["num_classes"]))
     if config.init_from is not None:
         load_weights(model, config.init_from)
     parts = partition(model)
@@ -222,6 +211,25 @@ def _assemble(config, population, holdout, test, labels):
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"model: {config.model} does not fit data {config.data} ({reason})") from error
     return setup
+
+
+def architecture(config: TrainConfig, input_shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:
+    """The arguments of `models.create` that make the model of a configuration.
+
+    Raises:
+      ValueError: naming `model_options` or `shared_experts`, if they cannot be.
+    """
+    options: dict[str, Any] = dict(config.model_options)
+    if taken := sorted(set(options) & {"name", "input_shape", "num_classes", "num_experts", "top_k", "seed", "dtype", "per_layer"}):
+        raise ValueError(f"model_options: {', '.join(taken)} cannot be set there, it follows from the data or has a field of its own")
+    if config.model in MODELS:
+        options = {"balance_weight": config.balance_weight, "shared_experts": config.shared_experts, **options}
+    elif config.shared_experts:
+        raise ValueError(f"shared_experts: {config.model} must make its own; leave it at 0, or pass it with model_options")
+    return dict(
+        name=config.model, input_shape=input_shape, num_classes=num_classes, num_experts=config.experts, top_k=config.top_k,
+        seed=config.seed, dtype=None if config.dtype == "float32" else jnp.bfloat16, per_layer=config.assignment == "per_layer", **options,
+    )  # fmt: skip
 
 
 def make_fitness(config: TrainConfig) -> Fitness:
