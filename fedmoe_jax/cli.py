@@ -1,4 +1,4 @@
-"""The `fedmoe` command: train, compare, eval, export, report, profile and bench."""
+"""The `fedmoe` command: train, compare, eval, export, report, profile, bench, serve and join."""
 
 import dataclasses
 import itertools
@@ -13,6 +13,7 @@ from typing import Any
 from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, located, parse
 from fedmoe_jax.training.interrupt import StoppedError
 
+_COMMANDS = ("train", "compare", "eval", "export", "report", "profile", "bench", "serve", "join")
 _USAGE = """usage: fedmoe COMMAND ...
 
   train [CONFIG.toml] [--field value ...] --out DIR     one run; --resume continues it, --help lists the fields
@@ -22,6 +23,8 @@ _USAGE = """usage: fedmoe COMMAND ...
   report DIR                                            writes DIR/report.html again
   profile                                               what this machine can afford as a client, as one line of JSON;
                                                         lines of several, with link speeds, are a file for train --profile
+  serve [CONFIG.toml] [--field value ...] --out DIR     a run with real clients; --help lists the fields
+  join --server HOST:PORT --data DATA --state DIR       takes part in one as a client; --help lists the fields
   bench assign [--clients N --experts E]                quality and speed of the assignment, one JSON line a figure
 """
 
@@ -92,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0 when done, 2 after a user's mistake, 130 or 143 after Ctrl-C or SIGTERM, 1 after anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words:
-        print("fedmoe: give a command: train, compare, eval, export, report, profile or bench; see fedmoe --help", file=sys.stderr)
+        print(f"fedmoe: give a command: {', '.join(_COMMANDS[:-1])} or {_COMMANDS[-1]}; see fedmoe --help", file=sys.stderr)
+
         return 2
     helpless = words[0] in ("eval", "export", "report", "profile") or words[:2] in (["bench", "-h"], ["bench", "--help"])
     if words[0] in ("-h", "--help") or (helpless and {"-h", "--help"} & set(words)):
@@ -101,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.path.insert(0, os.getcwd())
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": _train, "compare": _compare, "eval": _eval, "export": _export, "report": _report, "profile": _profile, "bench": _bench,
+        "serve": _serve, "join": _join,
     }  # fmt: skip
     try:
         if words[0] not in commands:
@@ -226,6 +231,27 @@ def _bench(words: list[str]) -> None:
     sizes = dict(clients=options.clients, experts=options.experts, repeats=options.repeats)
     for figure in assign.run(**sizes, reference=not options.no_reference):
         print(json.dumps(figure | {"device": about["device"], "versions": about["versions"]}), flush=True)
+
+
+def _serve(words: list[str]) -> None:
+    from fedmoe_jax.deploy import commands
+
+    _with_flower(lambda: commands.serve(words))
+
+
+def _join(words: list[str]) -> None:
+    from fedmoe_jax.deploy import commands
+
+    _with_flower(lambda: commands.join(words))
+
+
+def _with_flower(command: Callable[[], None]) -> None:
+    try:
+        command()
+    except ModuleNotFoundError as error:
+        if error.name not in ("flwr", "safetensors", "cryptography"):
+            raise
+        raise UsageError(f"{error.name} is not installed: pip install 'fedmoe-jax[flower]'") from None
 
 
 def _folder(out: str | None) -> str:
