@@ -4,11 +4,14 @@ Messages travel as bytes in an array record. The server app finds what to do in 
 `launch.serve` sets, a client app the socket of the client's process in the configuration of its node, which `launch.join` sets.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
@@ -110,11 +113,25 @@ def node_name(public_key: bytes) -> str:
     return hashlib.sha256(public_key).hexdigest()[:16]
 
 
+def _alone(folder: Path, seconds: float = 30.0) -> contextlib.AbstractContextManager[None]:
+    """`interrupt.alone`, once the server of an earlier SuperLink, which ends with it, is gone."""
+    from fedmoe_jax.training.config import UsageError
+    from fedmoe_jax.training.interrupt import alone
+
+    stack, end = contextlib.ExitStack(), time.monotonic() + seconds
+    while True:
+        try:
+            stack.enter_context(alone(folder))
+            return stack
+        except UsageError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """Runs what `launch.serve` was asked for."""
-    from pathlib import Path
-
     from fedmoe_jax.deploy.loop import serve
     from fedmoe_jax.deploy.server import Server
     from fedmoe_jax.training.config import TrainConfig, from_toml
@@ -127,9 +144,9 @@ def main(grid: Grid, context: Context) -> None:
             file.write(line + "\n")
 
     try:
-        server = Server(TrainConfig(**from_toml(out / "config.toml")), out, note=note)
-        allowed = None if settings["allowed"] is None else set(settings["allowed"])
-        serve(server, GridLink(grid, allowed, note), least=settings["least"], patience=settings["patience"])
+        with _alone(out):
+            server = Server(TrainConfig(**from_toml(out / "config.toml")), out, note=note)
+            serve(server, GridLink(grid, set(settings["allowed"]), note), least=settings["least"], patience=settings["patience"])
     except Exception as error:
         note(f"failed: {type(error).__name__}: {' '.join(str(error).split())}")
         raise

@@ -19,7 +19,7 @@ from fedmoe_jax.deploy.client import Client
 from fedmoe_jax.deploy.server import Server
 from fedmoe_jax.deploy.worker import listener, work
 from fedmoe_jax.training.config import TrainConfig, UsageError
-from fedmoe_jax.training.interrupt import StoppedError
+from fedmoe_jax.training.interrupt import Interrupts, StoppedError
 
 _APP = """[project]
 name = "fedmoe"
@@ -55,6 +55,7 @@ def serve(
 
     Raises:
       UsageError: if a file is missing or the folder cannot be used.
+      Interrupted: after SIGTERM or SIGINT; the round in flight is lost.
       StoppedError: if the server or the SuperLink has ended before the run is done.
     """
     names = _checked(certificates, keys)
@@ -74,7 +75,8 @@ def serve(
     (home / "config.toml").write_text(f"[superlink]\ndefault = 'here'\n\n{connection}")
     log = out / "server.log"
     log.touch()
-    with _process(command, environment, home / "superlink.log") as superlink, log.open(encoding="utf-8") as lines:
+    running = _process(command, environment, home / "superlink.log")
+    with Interrupts(), running as superlink, log.open(encoding="utf-8") as lines:
         lines.seek(0, os.SEEK_END)
         _wait_for("127.0.0.1", port, superlink, home / "superlink.log")
         for path in sorted(keys.glob("*.pub")):
@@ -94,7 +96,7 @@ def serve(
 
 
 def join(client: Client, *, server: str, ca: Path, key: Path, say: Any = print) -> None:
-    """Takes part in a run until interrupted or the SuperLink refuses.
+    """Takes part in a run until interrupted, waiting for the server when it is away, or until the server refuses.
 
     Args:
       client: with its data and folder.
@@ -116,8 +118,8 @@ def join(client: Client, *, server: str, ca: Path, key: Path, say: Any = print) 
         with listener(private) as waiting:
             command = ["flower-supernode", "--superlink", server, "--root-certificates", str(ca.absolute())]
             command += ["--auth-supernode-private-key", str(key.absolute()), "--port", str(_free_port())]
-            command += ["--node-config", f'socket="{private / "socket"}"', "--max-retries", "20"]
-            with _process(command, _environment(home), home / "supernode.log") as supernode:
+            command += ["--node-config", f'socket="{private / "socket"}"']
+            with Interrupts(), _process(command, _environment(home), home / "supernode.log") as supernode:
                 threading.Thread(target=work, args=(client, waiting, lambda: supernode.poll() is None), daemon=True).start()
                 say(f"joining {server}; {home / 'supernode.log'} tells more")
                 supernode.wait()
