@@ -1,4 +1,4 @@
-"""The `fedmoe` command: train, compare, eval, report, profile and bench."""
+"""The `fedmoe` command: train, compare, eval, export, report, profile, bench, serve and join."""
 
 import dataclasses
 import itertools
@@ -13,14 +13,18 @@ from typing import Any
 from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, located, parse
 from fedmoe_jax.training.interrupt import StoppedError
 
+_COMMANDS = ("train", "compare", "eval", "export", "report", "profile", "bench", "serve", "join")
 _USAGE = """usage: fedmoe COMMAND ...
 
   train [CONFIG.toml] [--field value ...] --out DIR     one run; --resume continues it, --help lists the fields
   compare [CONFIG.toml] --aligners A B ... --seeds N --out DIR     several aligners on the same seeds
   eval DIR [--data DATA]                                accuracy of a run's model, also on other data
+  export DIR --out EXPORT [--client C]                  a run's model, or the experts of one client, as safetensors and JSON
   report DIR                                            writes DIR/report.html again
   profile                                               what this machine can afford as a client, as one line of JSON;
                                                         lines of several, with link speeds, are a file for train --profile
+  serve [CONFIG.toml] [--field value ...] --out DIR     a run with real clients; --help lists the fields
+  join --server HOST:PORT --data DATA --state DIR       takes part in one as a client; --help lists the fields
   bench assign [--clients N --experts E]                quality and speed of the assignment, one JSON line a figure
 """
 
@@ -64,6 +68,16 @@ class EvalOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """A run's model as model.safetensors and config.json."""
+
+    out: str | None = None
+    """An absent or empty folder."""
+    client: int | None = None
+    """The client whose experts are to be a model of their own; the global model if not given."""
+
+
+@dataclasses.dataclass(frozen=True)
 class BenchOptions:
     """Time and quality of the assignment over families of problems, beside OR-tools' exact min-cost flow."""
 
@@ -81,15 +95,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0 when done, 2 after a user's mistake, 130 or 143 after Ctrl-C or SIGTERM, 1 after anything else."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words:
-        print("fedmoe: give a command: train, compare, eval, report, profile or bench; see fedmoe --help", file=sys.stderr)
+        print(f"fedmoe: give a command: {', '.join(_COMMANDS[:-1])} or {_COMMANDS[-1]}; see fedmoe --help", file=sys.stderr)
+
         return 2
-    helpless = words[0] in ("eval", "report", "profile") or words[:2] in (["bench", "-h"], ["bench", "--help"])
+    helpless = words[0] in ("eval", "export", "report", "profile") or words[:2] in (["bench", "-h"], ["bench", "--help"])
     if words[0] in ("-h", "--help") or (helpless and {"-h", "--help"} & set(words)):
         print(_USAGE, end="")
         return 0
     sys.path.insert(0, os.getcwd())
     commands: dict[str, Callable[[list[str]], None]] = {
-        "train": _train, "compare": _compare, "eval": _eval, "report": _report, "profile": _profile, "bench": _bench,
+        "train": _train, "compare": _compare, "eval": _eval, "export": _export, "report": _report, "profile": _profile, "bench": _bench,
+        "serve": _serve, "join": _join,
     }  # fmt: skip
     try:
         if words[0] not in commands:
@@ -159,18 +175,33 @@ def _compare(words: list[str]) -> None:
 
 
 def _eval(words: list[str]) -> None:
-    if not words or words[0].startswith("-"):
-        raise UsageError("eval takes the folder of a run")
-    folder, rest = Path(words[0]), words[1:]
-    if (folder / "comparison.json").is_file():
-        raise UsageError(f"{folder} is a comparison, which keeps no models; eval takes the folder of a run")
-    if not (folder / "config.toml").is_file():
-        raise UsageError(f"{folder} holds no run")
-    config = located(TrainConfig(**from_toml(folder / "config.toml")))
-    options, _ = parse(EvalOptions, rest, "fedmoe eval", default=EvalOptions(config.data))
+    folder, config = _run("eval", words)
+    options, _ = parse(EvalOptions, words[1:], "fedmoe eval", default=EvalOptions(config.data))
     from fedmoe_jax.training.evaluate import evaluate_run
 
     print(json.dumps(evaluate_run(folder, config, options.data)))
+
+
+def _export(words: list[str]) -> None:
+    folder, config = _run("export", words)
+    options, _ = parse(ExportOptions, words[1:], "fedmoe export")
+    out = Path(_folder(options.out))
+    from fedmoe_jax.training.export import export_run
+
+    about = export_run(folder, config, out, options.client)
+    print(f"{about['parameters']} parameters after round {about['round']}: {out}")
+
+
+def _run(command: str, words: list[str]) -> tuple[Path, TrainConfig]:
+    """The folder of a run, which is the first word, and its configuration."""
+    if not words or words[0].startswith("-"):
+        raise UsageError(f"{command} takes the folder of a run")
+    folder = Path(words[0])
+    if (folder / "comparison.json").is_file():
+        raise UsageError(f"{folder} is a comparison, which keeps no models; {command} takes the folder of a run")
+    if not (folder / "config.toml").is_file():
+        raise UsageError(f"{folder} holds no run")
+    return folder, located(TrainConfig(**from_toml(folder / "config.toml")))
 
 
 def _report(words: list[str]) -> None:
@@ -200,6 +231,27 @@ def _bench(words: list[str]) -> None:
     sizes = dict(clients=options.clients, experts=options.experts, repeats=options.repeats)
     for figure in assign.run(**sizes, reference=not options.no_reference):
         print(json.dumps(figure | {"device": about["device"], "versions": about["versions"]}), flush=True)
+
+
+def _serve(words: list[str]) -> None:
+    from fedmoe_jax.deploy import commands
+
+    _with_flower(lambda: commands.serve(words))
+
+
+def _join(words: list[str]) -> None:
+    from fedmoe_jax.deploy import commands
+
+    _with_flower(lambda: commands.join(words))
+
+
+def _with_flower(command: Callable[[], None]) -> None:
+    try:
+        command()
+    except ModuleNotFoundError as error:
+        if error.name not in ("flwr", "safetensors", "cryptography"):
+            raise
+        raise UsageError(f"{error.name} is not installed: pip install 'fedmoe-jax[flower]'") from None
 
 
 def _folder(out: str | None) -> str:

@@ -13,10 +13,11 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from fedmoe_jax import aggregation, arguments, cache, invariants, posterior, sampling, scaffold
 from fedmoe_jax.aggregation import Transform, compression
 from fedmoe_jax.alignment import capacity
-from fedmoe_jax.base import Aggregator, Aligner, Cohort, LossFn, Population, RoundCost, pytree, stage_key
+from fedmoe_jax.alignment.capacity import admit as admit
+from fedmoe_jax.base import NO_EXPERT, Aggregator, Aligner, Alignment, Cohort, LossFn, Population, RoundCost, pytree, stage_key
 from fedmoe_jax.conditions import Conditions, steady
 from fedmoe_jax.experts import combine, groups, map_groups, num_experts
-from fedmoe_jax.info import Info, downloads, summarize
+from fedmoe_jax.info import Info, Traffic, downloads, summarize
 from fedmoe_jax.local import plan, primal
 from fedmoe_jax.local.cohort import Trainer, batch_shape, keep_routers, router_rows
 
@@ -50,15 +51,47 @@ class State:
     cache: cache.Cache
 
 
+class Opening(NamedTuple):
+    """What a round has settled before its clients train: who takes part, who holds what, and what that is to cost.
+
+    `key` is that of local training, `planned` the seconds that the round takes each client by its profile.
+    """
+
+    key: Key[Array, ""]
+    available: Bool[Array, " client"]
+    admitted: Bool[Array, " client"]
+    cohort: Cohort
+    alignment: Alignment
+    aligned: PyTree
+    prior: Float[Array, "client all_slots"]
+    cost: RoundCost
+    traffic: Traffic
+    planned: Float[Array, " client"]
+
+
+class Parts(NamedTuple):
+    """A round before and after local training, for clients that train elsewhere (`deploy`).
+
+    begin(state, population, available) -> Opening, of the clients of the round in `sampling.of_round`'s order, and
+    finish(state, opening, trainees, taken, reached, outcome) -> (State, Info): `trainees` is the cohort of those whose update
+    is there, `taken` their seconds, `reached` who surely received what it holds, `outcome` as `Trainer.train` returns it.
+    """
+
+    begin: Callable[..., Opening]
+    finish: Callable[..., tuple[State, Info]]
+    trainer: Trainer
+
+
 class Algorithm(NamedTuple):
     """init(key, population) -> State; step(state, population) -> (State, Info), one round, jit-compiled.
 
-    plan(population) tells how local training treats each weight, and why.
+    plan(population) tells how local training treats each weight, and why. `parts` are those of `step`.
     """
 
     init: Callable[[Key[Array, ""], Population], State]
     step: Callable[[State, Population], tuple[State, Info]]
     plan: Callable[[Population], tuple[plan.Choice, ...]]
+    parts: Parts | None = None
 
 
 def federated_moe(
@@ -153,12 +186,10 @@ def federated_moe(
         statistics = posterior.start(parts, batch_shape(population, batch_size)) if router == "statistics" else None
         return _start(key, population.num_clients, parts, (personal, controls, statistics, residuals), server_optimizer, aligner)
 
-    @jax.jit
-    def step(state: State, population: Population) -> tuple[State, Info]:
+    def begin(state: State, population: Population, available: Bool[Array, " client"]) -> Opening:
         key = jax.random.fold_in(state.key, state.round)
         cost = trainer.cost(population, state.round)
         sampled = sampling.of_round(state.key, state.round, population.num_clients, cohort_size)
-        available, slowdown = conditions.draw(stage_key(state.key, "conditions"), state.round, sampled)
         examples = trainer.examples(jax.vmap(population.num_examples)(sampled))
         cached = cache.current(state.cache, sampled, state.last_trained)
         limits = dict(deadline=deadline, examples=examples, pace=state.pace[sampled], available=available, cached=cached)
@@ -167,35 +198,46 @@ def federated_moe(
         down, up = trainer.expert_bytes()
         traffic = downloads(alignment, cached, down, trainer.report_bytes(population), up)
         planned = _seconds(population, cost, alignment, traffic, examples, sampled)
-        taken = slowdown * planned
-        on_time = taken <= limit
-        trainees = dataclasses.replace(cohort, present=cohort.present & on_time)
         prior = router_prior * alignment.centred
-        local, arrived = stage_key(key, "local"), _arrived(broadcast, state)
-        delta, routers, kept, feedback, summary = trainer.train(local, arrived, population, trainees, alignment, prior)
+        return Opening(stage_key(key, "local"), available, admitted, cohort, alignment, aligned, prior, cost, traffic, planned)
+
+    def finish(state: State, opening: Opening, trainees: Cohort, taken: Float[Array, " client"], reached: Any, outcome: Any) -> Any:
+        cohort, alignment = opening.cohort, opening.alignment
+        delta, routers, kept, feedback, summary = outcome
         tokens = combine(feedback.tokens.astype(jnp.float32), alignment.held, jnp.ones(alignment.held.shape), experts)
         (weights, shared), optimizer = _serve(server_optimizer, state, delta, tokens, feedback.examples.sum())
         personal = None
         if routers is not None:
             personal, weights = keep_routers(state.personal, weights, routers, trainees, alignment.held)
-        learnt = aligner.learn(aligned, trainees, alignment, feedback)
+        learnt = aligner.learn(opening.aligned, trainees, alignment, feedback)
         total, last = state.tokens + tokens, jnp.where(tokens > 0, state.round, state.last_trained)
-        pace, held = _of_clients(state, cohort, alignment, taken, planned)
+        pace, held = _of_clients(state, cohort, alignment, taken, opening.planned, reached)
         controls, seen, residuals = kept
         carried = (personal, controls, seen, residuals, optimizer, learnt)
         new = State(state.key, state.round + 1, weights, shared, *carried, total, last, pace, held)
-        dropped = available & ~admitted | cohort.present & ~on_time
-        facts = dict(tokens=tokens, total=total, staleness=state.round - last, unavailable=~available, dropped=dropped)
-        info = summarize(cohort, trainees, alignment, cost, traffic, jnp.minimum(taken, limit), summary, **facts)
+        dropped = opening.available & ~opening.admitted | cohort.present & ~trainees.present
+        facts = dict(tokens=tokens, total=total, staleness=state.round - last, unavailable=~opening.available, dropped=dropped)
+        info = summarize(cohort, trainees, alignment, opening.cost, opening.traffic, jnp.minimum(taken, limit), summary, **facts)
         if check:
             seen = (cohort, trainees, alignment, feedback, info.load, tokens, (weights, shared), aligner.groups)
             info = dataclasses.replace(info, invariants=invariants.holding(*seen))
         return new, info
 
+    @jax.jit
+    def step(state: State, population: Population) -> tuple[State, Info]:
+        sampled = sampling.of_round(state.key, state.round, population.num_clients, cohort_size)
+        available, slowdown = conditions.draw(stage_key(state.key, "conditions"), state.round, sampled)
+        opening = begin(state, population, available)
+        taken = slowdown * opening.planned
+        trainees = dataclasses.replace(opening.cohort, present=opening.cohort.present & (taken <= limit))
+        arrived = _arrived(broadcast, state)
+        outcome = trainer.train(opening.key, arrived, population, trainees, opening.alignment, opening.prior)
+        return finish(state, opening, trainees, taken, opening.cohort.present, outcome)
+
     def explain(population: Population) -> tuple[plan.Choice, ...]:
         return tuple(choice._replace(reason=refused or choice.reason) for choice in trainer.plan(population))
 
-    return Algorithm(init, step, explain)
+    return Algorithm(init, step, explain, Parts(begin, finish, trainer))
 
 
 def _start(key, clients, parts, own, server_optimizer, aligner) -> State:
@@ -233,32 +275,6 @@ def rounds(step: Callable[[State, Population], tuple[State, Info]], most: int) -
     return jax.jit(run, donate_argnums=0)
 
 
-def admit(
-    population: Population,
-    client: Int[Array, " client"],
-    cost: RoundCost,
-    aligner: Aligner,
-    *,
-    deadline: float | None,
-    examples: Int[Array, " client"],
-    pace: Float[Array, " client"] | float = 1.0,
-    available: Bool[Array, " client"] | bool = True,
-    cached: Bool[Array, "client all_experts"] | None = None,
-) -> tuple[Cohort, Bool[Array, " client"]]:
-    """The cohort of these clients with its slots, and who fits into memory and deadline at all, at its pace.
-
-    Present are those of them that are available and have data; `examples` are what each client processes in the round.
-    """
-    profile = jax.tree.map(lambda row: row[client], population.profile)
-    limits: dict[str, Any] = dict(deadline=deadline, max_slots=aligner.max_slots, examples=examples, probes=aligner.probes)
-    slots = capacity.slots(profile, cost, **limits, pace=pace)
-    admitted = cost.shared_memory <= profile.memory_bytes
-    if deadline is not None:
-        admitted &= pace * capacity.seconds(profile, cost, jnp.zeros_like(slots), examples=examples) <= deadline
-    present = available & admitted & (examples > 0)
-    return Cohort(client, present, jnp.where(present, slots, 0), cached), admitted
-
-
 def _seconds(population, cost, alignment, traffic, examples, client) -> Float[Array, " client"]:
     """What the round takes each client by its profile."""
     profile = jax.tree.map(lambda row: row[client], population.profile)
@@ -266,12 +282,12 @@ def _seconds(population, cost, alignment, traffic, examples, client) -> Float[Ar
     return capacity.seconds(profile, cost, traffic.held, examples=examples, probes=traffic.probed, downloads=experts)
 
 
-def _of_clients(state, cohort, alignment, taken, planned):
-    """Pace and cache of all clients after a round that took those of the cohort so many seconds."""
+def _of_clients(state, cohort, alignment, taken, planned, reached):
+    """Pace and cache of all clients after a round that took those of the cohort so many seconds. Who was not reached may have nothing."""
     known = state.pace[cohort.client]
     seen = jnp.where(cohort.present, capacity.observe(known, taken, planned), capacity.forgive(known))
     pace = state.pace.at[cohort.client].set(seen)
-    received = jnp.concatenate([alignment.held, alignment.probed], axis=1)
+    received = jnp.where(reached[:, None], jnp.concatenate([alignment.held, alignment.probed], axis=1), NO_EXPERT)
     return pace, cache.keep(state.cache, cohort.client, cohort.present, received, state.round)
 
 

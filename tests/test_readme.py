@@ -4,10 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from fedmoe_jax import cli
 from fedmoe_jax.training import metrics
+from fedmoe_jax.training.checkpoint import Checkpoints
+from fedmoe_jax.training.config import TrainConfig, to_toml
+from fedmoe_jax.training.setup import build
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
 
@@ -32,10 +36,25 @@ def test_functional_api_runs_and_learns_also_from_a_file(tmp_path, monkeypatch):
     assert names["info"].bytes_up < 0.1 * plain.bytes_up[0] and names["info"].bytes_down < 0.3 * plain.bytes_down[0]
     exec(compile(block("guarded = "), "README", "exec"), names)
     assert names["guarded"].plan(names["population"])[0].reason == "the aggregator needs deltas of each client"
+    served(tmp_path / "client-3", names)
     client = dict.fromkeys(("flops_per_second", "memory_bytes", "downlink_bytes_per_second", "uplink_bytes_per_second"), 1e9)
     (tmp_path / "clients.jsonl").write_text(json.dumps(client))
     exec(compile(block("profiles.read"), "README", "exec"), names)
     assert (names["population"].profile.memory_bytes == 1e9).all() and names["population"].num_clients == 50
+
+
+def served(folder, names):
+    """Runs the block on exports, on one of a client's experts."""
+    run = folder.parent / "run"
+    config = TrainConfig(population=6, cohort=4, aligner="greedy")
+    setup = build(config)
+    run.mkdir()
+    (run / "config.toml").write_text(to_toml(config))
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        checkpoints.save(1, setup.algorithm(4).init(jax.random.key(0), setup.population))
+    assert cli.main(["export", str(run), "--client", "3", "--out", str(folder)]) == 0
+    exec(compile(block("export.load"), "README", "exec"), names)
+    assert names["odds"].shape == (5, 10) and len(names["served"].config["held"]) == 2
 
 
 def test_own_model_is_accepted():

@@ -1,11 +1,13 @@
 """Client capacity: how many experts a client can hold and train before the round's deadline."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from fedmoe_jax.base import ClientProfile, RoundCost
+from fedmoe_jax.base import Aligner, ClientProfile, Cohort, Population, RoundCost
 from fedmoe_jax.devices import PLAIN
 
 
@@ -149,3 +151,29 @@ def uniform(
         if not number > 0:
             raise ValueError(f"{name} is {number}, it must be positive")
     return ClientProfile(**{name: jnp.full(num_clients, number, jnp.float32) for name, number in numbers.items()})
+
+
+def admit(
+    population: Population,
+    client: Int[Array, " client"],
+    cost: RoundCost,
+    aligner: Aligner,
+    *,
+    deadline: float | None,
+    examples: Int[Array, " client"],
+    pace: Float[Array, " client"] | float = 1.0,
+    available: Bool[Array, " client"] | bool = True,
+    cached: Bool[Array, "client all_experts"] | None = None,
+) -> tuple[Cohort, Bool[Array, " client"]]:
+    """The cohort of these clients with its slots, and who fits into memory and deadline at all, at its pace.
+
+    Present are those of them that are available and have data; `examples` are what each client processes in the round.
+    """
+    profile = jax.tree.map(lambda row: row[client], population.profile)
+    limits: dict[str, Any] = dict(deadline=deadline, max_slots=aligner.max_slots, examples=examples, probes=aligner.probes)
+    most = slots(profile, cost, **limits, pace=pace)
+    admitted = cost.shared_memory <= profile.memory_bytes
+    if deadline is not None:
+        admitted &= pace * seconds(profile, cost, jnp.zeros_like(most), examples=examples) <= deadline
+    present = available & admitted & (examples > 0)
+    return Cohort(client, present, jnp.where(present, most, 0), cached), admitted

@@ -19,6 +19,15 @@ from fedmoe_jax.local import dual, plan, primal
 from fedmoe_jax.local.cost import expert_bytes, plain_bytes, round_cost
 
 
+class Received(NamedTuple):
+    """What a client has of a round's state: `round.State` serves as well. `personal` are router rows as in `own_routers`, or None."""
+
+    round: Any
+    experts: Any
+    shared: Any
+    personal: Any = None
+
+
 class Trainer(NamedTuple):
     """The hyper-parameters of local training, fixed for a run; see `round.federated_moe`."""
 
@@ -106,6 +115,24 @@ class Trainer(NamedTuple):
         train_loss = jnp.where(examples.sum() > 0, (loss * examples).sum() / jnp.maximum(examples.sum(), 1), jnp.nan)
         return self.aggregator.finish(total), routers, kept, feedback, (train_loss, rejected.sum())
 
+    def train_one(self, key, received: Received, population, client, held, probed, prior) -> tuple[Any, dict[str, Any], Any, Any]:
+        """Trains one client apart from any cohort, with its own copy of the weights.
+
+        Args:
+          key: the client's, as `base.client_keys` makes it of that of local training.
+          received: what it has of the model, whose experts `held` and `probed` count.
+          population, client: where its examples are.
+
+        Returns:
+          Deltas of (experts, shared), feedback by the names of `base.Feedback`, mean training loss, rejected; none has a client axis.
+          Deltas that are rejected are zero.
+        """
+        uses: Any = (None,) * len(jax.tree.leaves((self.parts.experts, self.parts.shared)))
+        row = key, client, jnp.bool_(True), held, probed, prior
+        (shared, experts, *_), feedback, loss, rejected, *_ = self._client(received, population, uses, None, *row)
+        names = (field.name for field in dataclasses.fields(Feedback))
+        return (experts, shared), dict(zip(names, feedback, strict=True)), loss, rejected
+
     def plan(self, population: Population) -> tuple[plan.Choice, ...]:
         """The engine of each weight, and why."""
         sizes: dict[str, Any] = dict(batch_size=self.batch_size, local_epochs=self.local_epochs, local_steps=self.local_steps)
@@ -171,7 +198,7 @@ class Trainer(NamedTuple):
         sound = jnp.stack(list(map(is_finite, jax.tree.leaves(result, is_leaf=is_dual)))).all()
         if self.reject_above is not None:
             sent = filled & (result.tokens > 0)
-            change, before = (_squares(*weights, sent, names) for weights in ((result.experts, result.shared), (own, state.shared)))
+            change, before = (squared_norm(*weights, sent, names) for weights in ((result.experts, result.shared), (own, state.shared)))
             sound &= change <= self.reject_above**2 * jnp.maximum(before, 1)
         good = present & sound
         result = jax.tree.map(lambda a: a if is_dual(a) else jnp.where(good, a, 0), result, is_leaf=is_dual)
@@ -216,7 +243,7 @@ def receive(experts: Any, held: Int[Array, " slot"], uses: Any) -> Any:
     return map_groups(one, groups(experts), held, chosen)
 
 
-def _squares(experts: Any, shared: Any, sent: Bool[Array, " all_slots"], names: tuple[str | None, ...]) -> Float[Array, ""]:
+def squared_norm(experts: Any, shared: Any, sent: Bool[Array, " all_slots"], names: tuple[str | None, ...]) -> Float[Array, ""]:
     """The squared norm of a client's shared weights and of the experts in some slots."""
 
     def of_slots(sent, leaf):

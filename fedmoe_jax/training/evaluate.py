@@ -12,7 +12,7 @@ import numpy as np
 from fedmoe_jax import alignment, posterior
 from fedmoe_jax.alignment.aligner import AlignerState
 from fedmoe_jax.alignment.fitness import FitnessState
-from fedmoe_jax.base import NO_EXPERT, Aligner, Batch, stage_key
+from fedmoe_jax.base import NO_EXPERT, Aligner, Alignment, Batch, Cohort, stage_key
 from fedmoe_jax.data import sources
 from fedmoe_jax.experts import Slots, bind, gather, groups, num_experts
 from fedmoe_jax.local.cohort import own_routers
@@ -87,8 +87,7 @@ def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], di
 
     @jax.jit
     def evaluate(state, holdout, cohort, labels):
-        key = stage_key(jax.random.fold_in(state.key, state.round), "evaluate")
-        alignments = [aligner.align(key, state.aligner, cohort)[0] for aligner in (setup.aligner, *fittest(setup, state))]
+        alignments = [served(aligner, state, cohort) for aligner in (setup.aligner, *fittest(setup, state))]
         rows = [(cohort.client, each.held, setup.config.router_prior * each.centred, labels) for each in alignments]
         rows = jax.tree.map(lambda *columns: jnp.concatenate(columns), *rows)
         each = jax.lax.map(lambda row: accuracy(state, holdout, *row), rows, batch_size=min(chunk, _CHUNK, cohort.client.shape[0]))
@@ -103,6 +102,12 @@ def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], di
         return dict(zip(metrics.CLIENT_ACCURACIES[: 2 * each.shape[1]], values, strict=True))
 
     return run
+
+
+def served(aligner: Aligner, state: State, cohort: Cohort) -> Alignment:
+    """The experts with which an aligner serves these clients after a round."""
+    key = stage_key(jax.random.fold_in(state.key, state.round), "evaluate")
+    return aligner.align(key, state.aligner, cohort)[0]
 
 
 def fittest(setup: Setup, state: State) -> tuple[Aligner, ...]:
@@ -127,14 +132,26 @@ def evaluate_run(folder: Path, config: TrainConfig, data: str) -> dict[str, Any]
     Raises:
       ValueError: if there is no checkpoint, or the data do not fit the model.
     """
+    done, setup, state = restored(folder, config)
+    results = {"round": done, "data": data}
+    if data == config.data and (folder / "roster.json").exists():  # its clients, who are elsewhere, have not these data
+        return results | global_evaluation(setup)(state)
+    if data == config.data:
+        return results | global_evaluation(setup)(state) | client_evaluation(setup)(state)
+    return results | global_evaluation(dataclasses.replace(setup, test=_other_test(setup, data)))(state)
+
+
+def restored(folder: Path, config: TrainConfig) -> tuple[int, Setup, State]:
+    """A run's newest checkpoint: rounds done, what the run is made of, state.
+
+    Raises:
+      ValueError: if there is none, or it is not of this configuration.
+    """
     with Checkpoints(folder / "checkpoints") as checkpoints:
         setup = build(config)
         template = setup.algorithm(1).init(jax.random.key(config.seed), setup.population)
         done, state, _ = checkpoints.restore(template)
-    results = {"round": done, "data": data}
-    if data == config.data:
-        return results | global_evaluation(setup)(state) | client_evaluation(setup)(state)
-    return results | global_evaluation(dataclasses.replace(setup, test=_other_test(setup, data)))(state)
+    return done, setup, state
 
 
 def _other_test(setup: Setup, name: str) -> tuple[jax.Array, jax.Array]:

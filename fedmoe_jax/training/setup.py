@@ -41,7 +41,7 @@ class Setup:
     """What a run is made of. `population` holds the clients' training examples, `holdout` their own test splits.
 
     `label_prior` is that of `clients.label_prior`. `digests` tell whether data and profiles are the same as before.
-    With a `stream`, which then has the training examples, the population knows their number only.
+    With a `stream`, which then has the training examples, the population knows their number only. `solo` settles `solo_examples`.
     """
 
     config: TrainConfig
@@ -58,6 +58,7 @@ class Setup:
     stream: Stream | None = None
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     check: bool = False
+    solo: int | None = None
 
     def algorithm(self, chunk: int) -> Algorithm:
         """The round, with `chunk` clients trained side by side."""
@@ -93,6 +94,8 @@ class Setup:
     @functools.cached_property
     def solo_examples(self) -> int:
         """Examples of the solo evaluation: a batch, but no more than take a quarter of the mean client's FLOPs."""
+        if self.solo is not None:
+            return self.solo
         batch, slots = self.config.batch_size, self.aligner.max_slots
         if self.config.fitness not in ("solo", "ranked_solo"):
             return 0
@@ -173,39 +176,31 @@ def build(config: TrainConfig) -> Setup:
     if config.stream is not None:
         stream, of_test = (Stream.from_arrays(dataset.x, dataset.y, owned, profile) for owned in (train, held_out))
         holdout = of_test.window(np.asarray(clients.evaluated(len(owners))))
-        return dataclasses.replace(_assemble(config, stream.index, holdout, test, labels), stream=stream, digests=digests)
+        return dataclasses.replace(assemble(config, stream.index, holdout, test, labels), stream=stream, digests=digests)
     x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
     if (needed := 4 * len(train) * dataset.num_classes) > MOST_LABEL_BYTES and config.loss == "balanced_softmax":
         raise ValueError(f"loss: balanced_softmax keeps a number for each client and class, which takes {needed} bytes of at most 4e9")
     prior = clients.label_prior(dataset, train, np.arange(len(train))) if config.loss == "balanced_softmax" else None
     population = Population.from_arrays(x, y, train, profile, prior)
     holdout = Population.from_arrays(x, y, held_out, profile)
-    return dataclasses.replace(_assemble(config, population, holdout, test, labels), digests=digests)
+    return dataclasses.replace(assemble(config, population, holdout, test, labels), digests=digests)
 
 
 def variant(setup: Setup, config: TrainConfig) -> Setup:
     """The same clients and data, not copied, with the model and aligner of `config`, which differs in seed or aligner only."""
-    made = _assemble(
-        config, setup.population, setup.holdout, setup.test, dict(num_classes=setup.num_classes, label_prior=setup.label_prior)
-    )
+    made = assemble(config, setup.population, setup.holdout, setup.test, dict(num_classes=setup.num_classes, label_prior=setup.label_prior))
     return dataclasses.replace(made, stream=setup.stream, digests=setup.digests)
 
 
-def _assemble(config, population, holdout, test, labels):
+def assemble(config: TrainConfig, population: Population, holdout: Population, test: tuple[Any, Any], labels: dict[str, Any]) -> Setup:
+    """Makes model and aligner for these data. `labels` has num_classes and label_prior.
+
+    Raises:
+      ValueError: naming the field that cannot be.
+    """
     if config.augment and population.x.ndim not in (3, 4):
         raise ValueError(f"augment: {config.data} has examples of shape {population.x.shape[1:]}, only images can be mirrored and shifted")
-    options: dict[str, Any] = dict(config.model_options)
-    if taken := sorted(set(options) & {"input_shape", "num_classes", "num_experts", "top_k", "seed", "dtype", "per_layer"}):
-        raise ValueError(f"model_options: {', '.join(taken)} cannot be set there, it follows from the data or has a field of its own")
-    if config.model in MODELS:
-        options = {"balance_weight": config.balance_weight, "shared_experts": config.shared_experts, **options}
-    elif config.shared_experts:
-        raise ValueError(f"shared_experts: {config.model} must make its own; leave it at 0, or pass it with model_options")
-    model = models.create(
-        config.model, input_shape=population.x.shape[1:], num_classes=labels["num_classes"], num_experts=config.experts,
-        top_k=config.top_k, seed=config.seed, dtype=None if config.dtype == "float32" else jnp.bfloat16,
-        per_layer=config.assignment == "per_layer", **options,
-    )  # fmt: skip
+    model = models.create(**architecture(config, population.x.shape[1:], labels["num_classes"]))
     if config.init_from is not None:
         load_weights(model, config.init_from)
     parts = partition(model)
@@ -222,6 +217,25 @@ def _assemble(config, population, holdout, test, labels):
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"model: {config.model} does not fit data {config.data} ({reason})") from error
     return setup
+
+
+def architecture(config: TrainConfig, input_shape: tuple[int, ...], num_classes: int) -> dict[str, Any]:
+    """The arguments of `models.create` that make the model of a configuration.
+
+    Raises:
+      ValueError: naming `model_options` or `shared_experts`, if they cannot be.
+    """
+    options: dict[str, Any] = dict(config.model_options)
+    if taken := sorted(set(options) & {"name", "input_shape", "num_classes", "num_experts", "top_k", "seed", "dtype", "per_layer"}):
+        raise ValueError(f"model_options: {', '.join(taken)} cannot be set there, it follows from the data or has a field of its own")
+    if config.model in MODELS:
+        options = {"balance_weight": config.balance_weight, "shared_experts": config.shared_experts, **options}
+    elif config.shared_experts:
+        raise ValueError(f"shared_experts: {config.model} must make its own; leave it at 0, or pass it with model_options")
+    return dict(
+        name=config.model, input_shape=input_shape, num_classes=num_classes, num_experts=config.experts, top_k=config.top_k,
+        seed=config.seed, dtype=None if config.dtype == "float32" else jnp.bfloat16, per_layer=config.assignment == "per_layer", **options,
+    )  # fmt: skip
 
 
 def make_fitness(config: TrainConfig) -> Fitness:

@@ -1,0 +1,88 @@
+"""The server's loop over whatever carries its messages: greets who comes, opens rounds, takes in updates, closes them in time."""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
+
+from fedmoe_jax.deploy.server import Server
+
+HELLO, TASK = "hello", "task"
+"""What a client may be asked: what it is, and a round of training."""
+
+
+class Reply(NamedTuple):
+    """What came from a node that was asked something of a kind: bytes, or None and the reason why there are none."""
+
+    node: str
+    kind: str
+    data: bytes | None
+    reason: str = ""
+
+
+class Link(Protocol):
+    """What carries messages. Nodes are named by what authenticates them, so that they have the same names for good."""
+
+    def nodes(self) -> Iterable[str]:
+        """The nodes that are connected now."""
+        ...
+
+    def push(self, kind: str, messages: dict[str, bytes], seconds: float) -> None:
+        """Asks nodes; what they are asked is void after so many seconds."""
+        ...
+
+    def poll(self) -> list[Reply]:
+        """What came since, in any order."""
+        ...
+
+
+def serve(
+    server: Server,
+    link: Link,
+    *,
+    least: int,
+    patience: float,
+    pause: float = 1.0,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Runs all rounds that are left, and finishes the run.
+
+    Args:
+      server: not yet started.
+      link: to the clients.
+      least: clients that must be connected for a round to begin.
+      patience: seconds after which a round ends without those that have not answered.
+      pause: seconds between two looks at the link.
+      clock, sleep: seconds, and how they pass.
+    """
+    ready: set[str] = set()
+    asked: set[str] = set()
+    until: float | None = None
+    while True:
+        connected = set(link.nodes())
+        ready &= connected
+        asked &= connected
+        new = connected - asked
+        if new:
+            link.push(HELLO, dict.fromkeys(new, b""), patience)
+            asked |= new
+        for reply in link.poll():
+            if reply.kind == HELLO and reply.data is not None and server.enter(reply.node, reply.data) is not None:
+                ready.add(reply.node)
+            elif reply.kind == TASK and reply.data is None:
+                server.refuse(reply.node, reply.reason)
+            elif reply.kind == TASK and reply.data is not None:
+                server.accept(reply.node, reply.data)
+        if until is not None and (not server.waiting or clock() >= until):
+            server.close()
+            until = None
+        if server.started and server.done >= server.config.rounds:
+            break
+        if until is None and len(ready) >= least:
+            if not server.started:
+                server.start()
+                continue
+            link.push(TASK, server.open(ready), patience)
+            until = clock() + patience
+        sleep(pause)
+    server.finish()

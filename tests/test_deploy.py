@@ -1,0 +1,302 @@
+"""Rounds of real clients, all in one process: those of the simulation, and what becomes of clients that vanish, lie or come late."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import real_clients as real
+
+from fedmoe_jax.deploy import layout as layouts
+from fedmoe_jax.deploy import messages, terms
+from fedmoe_jax.deploy.client import Client
+from fedmoe_jax.deploy.messages import RefusedError
+from fedmoe_jax.deploy.server import Server
+from fedmoe_jax.training import metrics
+
+pytest.importorskip("safetensors", reason="safetensors is not installed")
+
+NODES = [f"node-{number}" for number in range(4)]
+
+
+def assert_close(state, expected):
+    """All of a state but the pace, for which real seconds count."""
+    states = ({name: value for name, value in vars(each).items() if name not in ("key", "pace")} for each in (state, expected))
+    for leaf, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-5, atol=1e-6)
+
+
+def weight_bytes(message, kind):
+    """Bytes of weights in a message."""
+    arrays = messages.decode(message, kind, most_bytes=1 << 30).arrays
+    return sum(value.nbytes for name, value in arrays.items() if name.startswith(("shared.", "expert.")))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(folder, made data, clients, server after three rounds that were compared with the simulation, its notes)."""
+    folder, made, notes = tmp_path_factory.mktemp("deploy"), real.data(), []
+    real.write(folder, made)
+    of, members = real.config(folder, router_prior=2.0), real.clients(folder)
+    states, infos, built = real.simulated(made, of)
+    server = real.served(folder, of, members, notes.append)
+    assert server.setup.solo_examples == built.solo_examples
+    for number, info in enumerate(infos):
+        tasks = server.open(NODES)
+        assert set(tasks) == set(NODES)
+        sent = real.updates(tasks, members)
+        assert sum(weight_bytes(task, "task") for task in tasks.values()) == info.bytes_down
+        assert sum(weight_bytes(update, "update") for update in sent.values()) == info.bytes_up
+        for node in reversed(sent):
+            assert server.accept(node, sent[node])
+        record = server.close()
+        assert_close(server.state, states[number + 1])
+        for name in ("train_loss", "load", "fitness_mean", "bytes_down", "bytes_up", "coverage"):
+            np.testing.assert_allclose(record[name], getattr(info, name), rtol=1e-5)
+    assert infos[1].bytes_down < infos[0].bytes_down  # what clients still have is not sent again
+    return folder, made, members, server, notes
+
+
+@pytest.fixture
+def server(run):
+    """The server as it is after three rounds, whatever other tests did to it."""
+    *_, server, _ = run
+    before = server.state, dict(server.roster.clients)
+    yield server
+    server.state, server.roster.clients, server._open = *before, None
+    server.checkpoints.save(3, server.state, {"run": server.roster.run})
+    server.log.truncate(3)
+
+
+def test_three_rounds_are_those_of_the_simulation_and_leave_a_run(run):
+    folder, _, _, server, notes = run
+    assert [line for line in notes if "refused" in line] == []
+    summary = server.finish()
+    records = metrics.read(folder / "run" / "metrics.jsonl")
+    assert [record["round"] for record in records] == [0, 1, 2] and summary["last"]["eval_accuracy"] is not None
+    assert (folder / "run" / "weights.npz").exists()
+
+
+def test_a_server_that_died_goes_on_where_its_last_round_ended(run, server):
+    folder, _, members, *_ = run
+    server.open(NODES)  # and dies
+    again = Server(server.config, folder / "run", note=lambda line: None)
+    again.start()
+    assert again.done == 3 and again.roster == server.roster and again.terms == server.terms
+    assert_close(again.state, server.state)
+    assert not again.accept("node-0", b"")  # nothing is asked of it before the round begins again
+    assert again.enter("node-0", members[0].hello()) == 0
+
+
+def test_a_task_has_the_assigned_experts_only_that_the_client_does_not_have(server):
+    held = server.state.cache
+    for node, task in server.open(NODES).items():
+        found = messages.decode(task, "task", most_bytes=1 << 30)
+        wanted = {e for e in found.header["held"] + found.header["probed"] if e >= 0}
+        number = int(node[-1])
+        fresh = {e for e in wanted if e in held.experts[number] and server.state.last_trained[e] < held.round[number]}
+        assert {int(name.split(".")[1]) for name in found.arrays if name.startswith("expert.")} == wanted - fresh
+        assert len(wanted) == 3
+
+
+def merged(server, before, sent, name="into.kernel"):
+    """A shared weight after FedAvg of these updates, by the book."""
+    found = [messages.decode(update, "update", most_bytes=1 << 30) for update in sent]
+    examples = sum(message.header["examples"] for message in found)
+    change = sum(message.header["examples"] * message.arrays[f"shared.{name}"] for message in found) / examples
+    return layouts.host(before.shared)[name] + change
+
+
+def test_clients_that_vanish_are_left_out_and_said_to_have_nothing(run, server):
+    _, _, members, _, notes = run
+    before, tasks = server.state, server.open(NODES)
+    sent = real.updates(tasks, members)
+    for node in NODES[:2]:
+        assert server.accept(node, sent[node])
+    assert server.waiting == {2, 3}
+    record = server.close()
+    assert "nothing came from clients [2, 3]" in notes[-1]
+    assert record["dropped_clients"] == 2 and record["rejected_updates"] == 0 and sum(record["load"]) == 4
+    np.testing.assert_allclose(
+        layouts.host(server.state.shared)["into.kernel"], merged(server, before, [sent[n] for n in NODES[:2]]), atol=1e-6
+    )
+    assert (np.asarray(server.state.cache.experts)[[2, 3]] == -1).all()
+    np.testing.assert_array_equal(server.state.aligner.fitness.value[2:], before.aligner.fitness.value[2:])
+    assert np.isfinite(server.state.pace).all()
+
+
+def test_a_round_without_clients_changes_no_weights(server):
+    before = server.state
+    assert server.open([]) == {}
+    record = server.close()
+    assert record["unavailable_clients"] == 5 and server.done == 4
+    jax.tree.map(np.testing.assert_array_equal, (server.state.experts, server.state.shared), (before.experts, before.shared))
+
+
+def altered(update, header=None, **arrays):
+    """An update with other fields and arrays; None takes one away."""
+    found = messages.decode(update, "update", most_bytes=1 << 30)
+    values = {name: value for name, value in (found.arrays | arrays).items() if value is not None}
+    return messages.encode("update", found.header | (header or {}), values)
+
+
+BAD = {
+    "no message": lambda update: b"nonsense",
+    "it has": lambda update: update + bytes(1 << 20),
+    "it is a task": lambda update: messages.encode("task", {}, {}),
+    "it is of run, round and client": lambda update: altered(update, {"round": 2}),
+    "'other'": lambda update: altered(update, {"run": "other"}),
+    "3)": lambda update: altered(update, {"client": 3}),
+    "it is of 8 examples": lambda update: altered(update, {"examples": 8}),
+    "train_loss of its header": lambda update: altered(update, {"train_loss": "low"}),
+    "its header has or lacks": lambda update: altered(update, {"more": 1}),
+    "it lacks shared.into.kernel": lambda update: altered(update, **{"shared.into.kernel": None}),
+    "it has expert.99.moe.w_in": lambda update: altered(update, **{"expert.99.moe.w_in": np.zeros(3, np.float32)}),
+    "not float32[6, 8]": lambda update: altered(update, **{"shared.into.kernel": np.zeros((8, 6), np.float32)}),
+    "is float64": lambda update: altered(update, **{"shared.into.kernel": np.zeros((6, 8))}),
+    "shared.into.kernel is not finite": lambda update: altered(update, **{"shared.into.kernel": np.full((6, 8), np.nan, np.float32)}),
+    "tokens has numbers below 0": lambda update: altered(update, tokens=np.array([-1, 1], np.int32)),
+    "it tells of [1000": lambda update: altered(update, tokens=np.array([1000, 1], np.int32)),
+    "shares that are right": lambda update: altered(update, correct=np.array([2, 0], np.float32)),
+    "losses below 0": lambda update: altered(update, solo_loss=np.array([-9, 0, 0], np.float32)),
+    "its own training is not finite": lambda update: altered(update, {"rejected": True}),
+}
+
+
+def test_updates_that_are_not_what_they_must_be_are_refused_told_and_counted(run, server):
+    _, _, members, _, notes = run
+    before, sent = server.state, real.updates(server.open(NODES), members)
+    for reason, bad in BAD.items():
+        assert not server.accept("node-1", bad(sent["node-1"]))
+        assert reason in notes[-1] and "node-1" in notes[-1] and "\n" not in notes[-1]
+    assert not server.accept("stranger", sent["node-1"]) and "nothing is asked of it" in notes[-1]
+    for node in ("node-0", "node-2", "node-3"):
+        assert server.accept(node, sent[node])
+    assert not server.accept("node-0", sent["node-0"]) and "has sent its update before" in notes[-1]
+    assert server.waiting == set()
+    record = server.close()
+    assert record["rejected_updates"] == len(BAD) + 2
+    good = [sent[node] for node in ("node-0", "node-2", "node-3")]
+    np.testing.assert_allclose(layouts.host(server.state.shared)["into.kernel"], merged(server, before, good), atol=1e-6)
+    assert not server.accept("node-1", sent["node-1"]) and "nothing is asked of it" in notes[-1]  # too late
+    server.open(NODES)
+    assert not server.accept("node-1", sent["node-1"]) and "it is of run, round and client" in notes[-1]  # and stale
+
+
+def test_a_client_that_comes_late_takes_part_from_then_on(run, server):
+    folder, made, *_ = run
+    if not (folder / "late").exists():
+        (folder / "late").mkdir()
+    np.savez(folder / "late" / "data.npz", x=made[0][:7], y=made[1][:7])
+    late = Client(folder / "late", folder / "late" / "kept")
+    (folder / "late" / "kept" / "profile.json").write_text(json.dumps(real.FAST))
+    assert server.enter("node-late", late.hello()) == 4
+    tasks = server.open([*NODES, "node-late"])
+    assert set(tasks) == {*NODES, "node-late"}
+    assert server.accept("node-late", late.train(tasks["node-late"]))
+    assert server.close()["dropped_clients"] == 4 and server.state.cache.round[4] == 3
+
+
+def test_strangers_and_their_numbers_are_refused(run, server):
+    _, _, members, _, notes = run
+
+    def hello(**changes):
+        found = messages.decode(members[0].hello(), "hello", most_bytes=1 << 20)
+        profile = changes.pop("profile", found.arrays["profile"])
+        return messages.encode("hello", found.header | changes, {"profile": profile})
+
+    for data, reason in (
+        (b"", "no message"),
+        (hello(number=3), "number 3 is not free"),
+        (hello(number=5), "number 5 is not free"),
+        (hello(number=4, shape=[7]), "its examples are of [7]"),
+        (hello(number=4, classes=4), "4 classes"),
+        (hello(number=4, examples=0), "0 examples"),
+        (hello(number=4, profile=np.zeros(4, np.float32)), "to afford"),
+        (hello(number=4, profile=np.full(4, np.inf, np.float32)), "not finite"),
+        (hello(number=True), "number of its header"),
+    ):
+        assert server.enter("stranger", data) is None and reason in notes[-1]
+    assert server.enter("node-0", hello(number=4)) is None  # it is number 0 already
+    assert server.enter("node-0", hello(number=-1)) == 0
+    assert server.enter("new", hello(number=-1)) == 4 and server.enter("newer", hello(number=-1)) is None
+
+
+def test_clients_refuse_tasks_that_they_cannot_trust(run, server, tmp_path):
+    folder, _, members, *_ = run
+    task = messages.decode(server.open(NODES)["node-0"], "task", most_bytes=1 << 30)
+
+    def refused(client=members[0], arrays=None, **changes):
+        with pytest.raises(RefusedError) as caught:
+            client.train(messages.encode("task", task.header | changes, task.arrays | (arrays or {})))
+        return str(caught.value)
+
+    told = task.header["terms"]
+    foreign = told | {"config": told["config"] | {"model": "os:system"}}
+    assert "is code that this client does not trust" in refused(terms=foreign)
+    assert terms.read(foreign, trusted="os:system").config.model == "os:system"
+    assert "its terms cannot be read" in refused(terms=told | {"config": {"model": "mlp"}})
+    assert "the run is for [7] and 3" in refused(terms=told | {"shape": [7]})
+    assert "its experts are not those" in refused(experts=task.header["experts"][1:])
+    assert "no numbers" in refused(held=["a", 1])
+    assert "is not finite" in refused(arrays={"prior": np.full(2, np.nan, np.float32)})
+    forgetful = Client(folder / "client-0", tmp_path)
+    there = [[expert, version, 1] for expert, version, _ in task.header["experts"]]
+    kept = {name: value for name, value in task.arrays.items() if not name.startswith("expert.")}
+    with pytest.raises(RefusedError, match="it counts on version"):
+        forgetful.train(messages.encode("task", task.header | {"experts": there}, kept))
+
+
+@pytest.mark.parametrize("place", [0, 5, 40, 100, -20, -1])
+def test_damaged_messages_are_refused_or_other_numbers(place):
+    data = messages.encode("kind", {"a": 1}, {"x": np.ones(8, np.float32)})
+    for flip in (1, 64, 255):
+        broken = bytearray(data)
+        broken[place] ^= flip
+        try:
+            found = messages.decode(bytes(broken), "kind", most_bytes=1 << 20)
+            messages.check_header(found.header, {"a": int})
+            messages.check_arrays(found.arrays, {"x": messages.Array((8,))})
+        except RefusedError as error:
+            assert "\n" not in str(error)
+
+
+def test_configurations_that_cannot_be_deployed_are_told(tmp_path):
+    for name, value in (("router", "statistics"), ("compress_bits", 8), ("control_variates", True), ("availability", 0.5)):
+        with pytest.raises(ValueError, match=f"{name}: {value} cannot be had with real clients"):
+            terms.deployable(dataclasses.replace(real.config(tmp_path), **{name: value}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"router": "personal", "aligner": "balanced", "probes": 0, "top_k": 2},
+        {"aggregator": "median", "clip_norm": 0.5, "reject_above": 5.0, "server_optimizer": "momentum", "local_steps": 3},
+        {"fitness": "loss", "prox": 0.1, "client_optimizer": "adam", "shared_experts": 1, "cohort": 3},
+    ],
+)
+def test_other_rounds_are_those_of_the_simulation(tmp_path, changes):
+    made = real.data()
+    real.write(tmp_path, made)
+    of, members = real.config(tmp_path, **changes), real.clients(tmp_path)
+    states, _, _ = real.simulated(made, of)
+    server = real.served(tmp_path, of, members)
+    for number in range(3):
+        if number == 1:  # it dies after it has sent its tasks, and goes on
+            real.updates(server.open(NODES), members)
+            server = Server(of, tmp_path / "run", note=lambda line: None)
+            server.start()
+        for node, update in real.updates(server.open(NODES), members).items():
+            assert server.accept(node, update)
+        server.close()
+        expected = states[number + 1]
+        if of.router == "personal":
+            for path, rows in layouts.host(expected.personal).items():
+                for client, member in enumerate(members):
+                    np.testing.assert_allclose(member.shelf.routers(server.roster.run)[path], rows[client], rtol=1e-5, atol=1e-6)
+            initial = states[0].experts["moe"]["router"]
+            expected = dataclasses.replace(expected, personal=None)
+            expected.experts["moe"]["router"] = initial
+        assert_close(server.state, expected)
