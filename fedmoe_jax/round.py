@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fedmoe_jax import aggregation, arguments, cache, invariants, posterior, sampling, scaffold
 from fedmoe_jax.aggregation import Transform, compression
-from fedmoe_jax.alignment import capacity
+from fedmoe_jax.alignment import capacity, holders
 from fedmoe_jax.base import Aggregator, Aligner, Cohort, LossFn, Population, RoundCost, pytree, stage_key
 from fedmoe_jax.conditions import Conditions, steady
 from fedmoe_jax.experts import combine, groups, map_groups, num_experts
@@ -28,7 +28,7 @@ STATISTICS_BATCHES = 4
 class State:
     """What the next round reads. `personal` holds each client's own router rows, or None when they are shared; `controls` the
     control variates of SCAFFOLD, `statistics` those of each MoE layer for the global router, `residuals` what compression kept
-    of each client's updates of (experts, shared), or None without.
+    of each client's updates of (experts, shared), `private` the norm to which a private aggregator clips, or None without.
 
     `tokens` and `last_trained` have the experts of all groups, group after group. `pace` is how many times as long as its
     profile says each client took lately.
@@ -42,6 +42,7 @@ class State:
     controls: scaffold.Controls | None
     statistics: tuple[posterior.Statistics, ...] | None
     residuals: PyTree[Float[Array, "population ..."]] | None
+    private: PyTree | None
     optimizer: PyTree
     aligner: PyTree
     tokens: Float[Array, " all_experts"]
@@ -85,6 +86,7 @@ def federated_moe(
     broadcast: Transform | None = None,
     control_variates: bool = False,
     reject_above: float | None = None,
+    min_holders: int = 1,
     personal_budget_bytes: float = 4e9,
     check: bool = False,
 ) -> Algorithm:
@@ -118,6 +120,8 @@ def federated_moe(
         gradient of the whole model for each client of the population. Clients then train with the primal engine.
       reject_above: rejects a client's update whose norm is above so many times that of the same weights as it received them, taken
         as 1 where it is less. Clients then train with the primal engine. What is not finite is always rejected.
+      min_holders: clients that must hold an expert, lest it be left out of the round and keep its weights: where fewer are assigned to it
+        nobody gets it, and where fewer send it something, in time, nothing is learnt of it. See `alignment.holders`.
       personal_budget_bytes: most that personal routers, control variates and residuals may each take in all.
       check: each round's `Info` tells whether `invariants.NAMES` hold.
 
@@ -126,7 +130,7 @@ def federated_moe(
     """
     numbers: dict[str, Any] = dict(cohort_size=cohort_size, batch_size=batch_size, chunk_size=chunk_size, prox=prox)
     numbers |= dict(local_epochs=local_epochs, local_steps=local_steps, router_prior=router_prior)
-    numbers |= dict(solo_examples=solo_examples, deadline=deadline, reject_above=reject_above)
+    numbers |= dict(solo_examples=solo_examples, deadline=deadline, reject_above=reject_above, min_holders=min_holders)
     experts, parts = arguments.checked(model, aligner, router, numbers)
     aggregator = aggregation.mean() if aggregator is None else aggregator
     conditions = steady() if conditions is None else conditions
@@ -145,13 +149,15 @@ def federated_moe(
         if cohort_size > population.num_clients:
             raise ValueError(f"cohort_size is {cohort_size}, it must be at most the population, {population.num_clients}")
         personal = router_rows(parts.experts, population.num_clients, personal_budget_bytes) if router == "personal" else None
+        private = None if aggregator.private is None else aggregator.private.start()
         controls, residuals, sizes = None, None, (population.num_clients, personal_budget_bytes)
         if control_variates:
             controls = scaffold.start(parts.experts, parts.shared, *sizes, personal_router=router == "personal")
         if aggregator.encoder is not None:
             residuals = aggregator.encoder.init(scaffold.travelling(parts.experts, router == "personal"), parts.shared, *sizes)
         statistics = posterior.start(parts, batch_shape(population, batch_size)) if router == "statistics" else None
-        return _start(key, population.num_clients, parts, (personal, controls, statistics, residuals), server_optimizer, aligner)
+        own = personal, controls, statistics, residuals, private
+        return _start(key, population.num_clients, parts, own, server_optimizer, aligner)
 
     @jax.jit
     def step(state: State, population: Population) -> tuple[State, Info]:
@@ -164,6 +170,7 @@ def federated_moe(
         limits = dict(deadline=deadline, examples=examples, pace=state.pace[sampled], available=available, cached=cached)
         cohort, admitted = admit(population, sampled, cost, aligner, **limits)
         alignment, aligned = aligner.align(stage_key(key, "align"), state.aligner, cohort)
+        alignment = holders.leave_out(alignment, experts, min_holders)
         down, up = trainer.expert_bytes()
         traffic = downloads(alignment, cached, down, trainer.report_bytes(population), up)
         planned = _seconds(population, cost, alignment, traffic, examples, sampled)
@@ -174,15 +181,17 @@ def federated_moe(
         local, arrived = stage_key(key, "local"), _arrived(broadcast, state)
         delta, routers, kept, feedback, summary = trainer.train(local, arrived, population, trainees, alignment, prior)
         tokens = combine(feedback.tokens.astype(jnp.float32), alignment.held, jnp.ones(alignment.held.shape), experts)
-        (weights, shared), optimizer = _serve(server_optimizer, state, delta, tokens, feedback.examples.sum())
+        served = holders.served(trainees, alignment, feedback, experts, min_holders, hidden=aggregator.private is not None)
+        (weights, shared), optimizer = _serve(server_optimizer, state, delta, *served)
         personal = None
         if routers is not None:
             personal, weights = keep_routers(state.personal, weights, routers, trainees, alignment.held)
-        learnt = aligner.learn(aligned, trainees, alignment, feedback)
-        total, last = state.tokens + tokens, jnp.where(tokens > 0, state.round, state.last_trained)
+        told = _told(aggregator.private, key, trainees, alignment, feedback)
+        learnt = aligner.learn(aligned, trainees, alignment, told)
+        total, last = state.tokens + tokens, jnp.where(served[0], state.round, state.last_trained)
         pace, held = _of_clients(state, cohort, alignment, taken, planned)
-        controls, seen, residuals = kept
-        carried = (personal, controls, seen, residuals, optimizer, learnt)
+        controls, seen, residuals, private = kept
+        carried = (personal, controls, seen, residuals, private, optimizer, learnt)
         new = State(state.key, state.round + 1, weights, shared, *carried, total, last, pace, held)
         dropped = available & ~admitted | cohort.present & ~on_time
         facts = dict(tokens=tokens, total=total, staleness=state.round - last, unavailable=~available, dropped=dropped)
@@ -204,11 +213,12 @@ def _start(key, clients, parts, own, server_optimizer, aligner) -> State:
     number = len(groups(parts.experts))
     experts, places = number * num_experts(parts.experts), number * (aligner.max_slots + aligner.probes)
     learnt = jax.tree.map(jnp.copy, aligner.init(clients))
-    personal, controls, statistics, residuals = own
+    personal, controls, statistics, residuals, private = own
     return State(
         key=jnp.copy(key), round=jnp.int32(0), experts=weights[0], shared=weights[1], personal=personal, controls=controls,
-        statistics=statistics, residuals=residuals, optimizer=server_optimizer.init(weights), aligner=learnt, tokens=jnp.zeros(experts),
-        last_trained=jnp.full(experts, -1, jnp.int32), pace=jnp.ones(clients), cache=cache.empty(clients, places),
+        statistics=statistics, residuals=residuals, private=private, optimizer=server_optimizer.init(weights), aligner=learnt,
+        tokens=jnp.zeros(experts), last_trained=jnp.full(experts, -1, jnp.int32), pace=jnp.ones(clients),
+        cache=cache.empty(clients, places),
     )  # fmt: skip
 
 
@@ -283,14 +293,19 @@ def _arrived(broadcast, state) -> State:
     return dataclasses.replace(state, experts=weights[0], shared=weights[1])
 
 
-def _serve(server_optimizer, state, delta, tokens, examples):
+def _told(private, key, trainees, alignment, feedback):
+    """What the aligner gets to know."""
+    return feedback if private is None else private.reported(stage_key(key, "feedback"), trainees, alignment, feedback)
+
+
+def _serve(server_optimizer, state, delta, served, anyone):
     """The server's step on minus the delta. What nobody trained keeps its value."""
     old = (state.experts, state.shared)
     updates, optimizer = server_optimizer.update(jax.tree.map(jnp.negative, delta), state.optimizer, old)
     experts, shared = optax.apply_updates(old, updates)
 
-    def trained(tokens, new, value):
-        return jnp.where((tokens > 0).reshape(-1, *(1,) * (value.ndim - 1)), new, value)
+    def trained(served, new, value):
+        return jnp.where(served.reshape(-1, *(1,) * (value.ndim - 1)), new, value)
 
-    experts = map_groups(trained, groups(experts), tokens, experts, state.experts)
-    return (experts, jax.tree.map(lambda new, value: jnp.where(examples > 0, new, value), shared, state.shared)), optimizer
+    experts = map_groups(trained, groups(experts), served, experts, state.experts)
+    return (experts, jax.tree.map(lambda new, value: jnp.where(anyone, new, value), shared, state.shared)), optimizer
