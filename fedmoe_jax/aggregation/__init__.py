@@ -6,8 +6,10 @@ from fedmoe_jax.aggregation.compression import quantize, sparsify
 from fedmoe_jax.aggregation.mean import mean
 from fedmoe_jax.aggregation.privacy import fixed_mean, gaussian_noise
 from fedmoe_jax.aggregation.robust import geometric_median, krum, median, trimmed_mean
+from fedmoe_jax.aggregation.secure import FixedPoint
 
 __all__ = [
+    "FixedPoint",
     "Transform",
     "adaptive_clip",
     "chain",

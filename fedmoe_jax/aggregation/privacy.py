@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from fedmoe_jax.aggregation.chain import Transform
 from fedmoe_jax.aggregation.clip import Bound
+from fedmoe_jax.aggregation.secure import FixedPoint
 from fedmoe_jax.base import NO_EXPERT, Aggregator, Alignment, ClientUpdate, Cohort, Feedback, client_keys, stage_key
-from fedmoe_jax.experts import combine, groups, map_groups, num_experts
+from fedmoe_jax.experts import groups, map_groups, num_experts
 
 NOISE = 40
 """Place in a chain: after what bounds and what compresses."""
@@ -75,7 +76,7 @@ class Private(NamedTuple):
         return Feedback(cohort.present.astype(jnp.int32), tokens, unknown, unknown, told)
 
 
-def fixed_mean(*, clients: float, holders: float) -> Aggregator:
+def fixed_mean(*, clients: float, holders: float, fixed_point: FixedPoint | None = None) -> Aggregator:
     """The sum of the clients' deltas over fixed numbers: each client counts the same, whatever its tokens, examples and companions.
 
     An expert's delta is summed over the clients that hold it and sent it tokens, the shared delta over those with examples.
@@ -84,6 +85,7 @@ def fixed_mean(*, clients: float, holders: float) -> Aggregator:
       clients: that the sum of the shared part is divided by, above 0; the cohort size, times the chance to be available.
       holders: that the sum of an expert is divided by, above 0; clients x slots / experts is what an expert has in the mean. One that
         has more of them in a round takes a larger step, one that has fewer a smaller one.
+      fixed_point: what numbers are sent as, so that the sums are those of secure aggregation, see `secure`; as they are if None.
 
     Raises:
       ValueError: if an argument is out of its range.
@@ -93,15 +95,22 @@ def fixed_mean(*, clients: float, holders: float) -> Aggregator:
             raise ValueError(f"{name} is {value}, it must be above 0")
 
     def init(experts: PyTree, shared: PyTree) -> tuple[PyTree, PyTree]:
-        return jax.tree.map(jnp.zeros_like, (experts, shared))
+        return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=fixed_point and jnp.uint32), (experts, shared))
 
     def add(total: tuple[PyTree, PyTree], update: ClientUpdate) -> tuple[PyTree, PyTree]:
-        experts, shared = sent(update)
-        summed = combine(experts, update.held, jnp.ones(update.held.shape), num_experts(total[0]))
-        return jax.tree.map(jnp.add, total, (summed, jax.tree.map(lambda leaf: leaf.sum(0), shared)))
+        deltas, size = sent(update), num_experts(total[0])
+        if fixed_point is not None:
+            deltas = jax.tree.map(fixed_point.encode, deltas)
+
+        def of_experts(held, leaf):
+            bucket = jnp.where(held == NO_EXPERT, size, held % size).reshape(-1)
+            return jax.ops.segment_sum(leaf.reshape(-1, *leaf.shape[2:]), bucket, num_segments=size + 1)[:-1]
+
+        experts = map_groups(of_experts, groups(deltas[0]), update.held, deltas[0])
+        return jax.tree.map(jnp.add, total, (experts, jax.tree.map(lambda leaf: leaf.sum(0), deltas[1])))
 
     def finish(total: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        experts, shared = total
+        experts, shared = total if fixed_point is None else jax.tree.map(fixed_point.decode, total)
         return jax.tree.map(lambda leaf: leaf / holders, experts), jax.tree.map(lambda leaf: leaf / clients, shared)
 
     return Aggregator(init, add, finish, needs="deltas", fixed=Fixed(float(holders), float(clients)))

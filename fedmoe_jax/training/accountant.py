@@ -1,0 +1,158 @@
+"""What a private run costs: (epsilon, delta) after some rounds, by dp-accounting, and the noise that a budget takes.
+
+A round is a Gaussian mechanism on what one client adds to the sum of clipped updates (see `aggregation.privacy`), and where scores are not
+withheld a second one; noise multipliers z and f together are one of (z^-2 + f^-2)^(-1/2). The assumption that each `sampling` makes:
+
+  none      neighbours differ in one client, whose data are replaced by nothing in all rounds (zero-out). It may be in every cohort, and
+            everybody may know who is. Holds for any aligner.
+  poisson   the same, but each client is in a cohort by a coin of its own, of which nobody sees the outcome; in cohorts with too many, as
+            many as are too many are left out at random.
+  fixed     the same, but a cohort is a uniform sample of a fixed size, unseen.
+
+The last two, amplification by sampling, need aligners that look at each client alone, such as `random` and `full`: others give clients
+other experts where one is not in the cohort. They need withheld scores, too, as what a client reports tells that it was there.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from fedmoe_jax.aggregation.privacy import Private
+
+SAMPLING = ("none", "poisson", "fixed")
+ASSUMPTIONS = {
+    "none": "zero-out of one client's data, which may be in every round; cohorts and assignments are known; no amplification by sampling",
+    "poisson": "zero-out of one client's data; cohorts are Poisson samples that nobody sees, and each client's experts depend on it alone",
+    "fixed": "zero-out of one client's data; cohorts are uniform samples that nobody sees, and each client's experts depend on it alone",
+}
+_LARGE = 30.0  # epsilons from which on loose bounds do
+
+
+class Sampling(NamedTuple):
+    """How cohorts are drawn: `kind` of `SAMPLING`; for the others than "none" the `population`, and the size that cohorts have at most.
+
+    `rate` is the chance of each client to be drawn, with "poisson".
+    """
+
+    kind: str = "none"
+    population: int = 0
+    cohort: int = 0
+    rate: float = 1.0
+
+
+class Spent(NamedTuple):
+    """A budget that is spent, and under which assumption."""
+
+    epsilon: float
+    delta: float
+    rounds: int
+    noise_multiplier: float
+    assumption: str
+
+    def __str__(self) -> str:
+        return f"({self.epsilon:.3g}, {self.delta:.3g})-differentially private: {self.assumption}"
+
+
+def together(*noise_multipliers: float | None) -> float:
+    """The noise multiplier of one Gaussian mechanism that costs as much as these at once; None costs nothing, 0 has no noise."""
+    known = [value for value in noise_multipliers if value is not None]
+    if not known:
+        return math.inf
+    return sum(value**-2 for value in known) ** -0.5 if all(known) else 0.0
+
+
+def epsilon(rounds: int, *, noise_multiplier: float, delta: float, sampling: Sampling = Sampling()) -> float:
+    """Epsilon after so many rounds; infinite without noise, 0 without rounds.
+
+    Without sampling it is exact [1]; otherwise by privacy loss distributions, or where it is large by Renyi divergences.
+
+    Args:
+      noise_multiplier: of all that a round asks of a client, see `together`.
+      delta: above 0 and below 1.
+
+    Raises:
+      ValueError: if an argument is out of its range, or dp-accounting is not installed.
+
+    References:
+      [1] Balle and Wang, "Improving the Gaussian Mechanism for Differential Privacy", ICML 2018.
+    """
+    _check(rounds, delta, sampling)
+    accounting = _dp_accounting()
+    if rounds == 0 or noise_multiplier == math.inf:
+        return 0.0
+    if noise_multiplier <= 0:
+        return math.inf
+    if sampling.kind == "none":
+        return float(accounting.get_epsilon_gaussian(noise_multiplier / math.sqrt(rounds), delta))
+    return _sampled(accounting, rounds, noise_multiplier, delta, sampling)
+
+
+def noise_multiplier(target: float, rounds: int, *, delta: float, sampling: Sampling = Sampling()) -> float:
+    """The least noise multiplier, to a thousandth of it, that keeps epsilon at `target` or below after so many rounds.
+
+    Raises:
+      ValueError: as `epsilon`, or if no multiplier up to 10,000 does.
+    """
+    if not 0 < target < math.inf:
+        raise ValueError(f"target_epsilon is {target}, it must be above 0")
+
+    def keeps(value: float) -> bool:
+        return epsilon(rounds, noise_multiplier=value, delta=delta, sampling=sampling) <= target
+
+    low, high = 0.0, 1.0
+    while not keeps(high):
+        low, high = high, 2 * high
+        if high > 1e4:
+            raise ValueError(f"target_epsilon is {target}, which takes a noise_multiplier above 10,000")
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if keeps(middle) else (middle, high)
+    return high
+
+
+def spent(private: Private, rounds: int, *, delta: float, sampling: Sampling = Sampling()) -> Spent:
+    """What a run with this private aggregator has spent after so many rounds.
+
+    Raises:
+      ValueError: as `epsilon`, or if scores that are not withheld meet sampling other than "none".
+    """
+    if private.feedback_multiplier is not None and sampling.kind != "none":
+        raise ValueError(f"sampling is {sampling.kind!r}, but scores tell who was there: withhold them, or take 'none'")
+    each = together(private.noise_multiplier, private.feedback_multiplier)
+    return Spent(
+        epsilon(rounds, noise_multiplier=each, delta=delta, sampling=sampling), delta, rounds, each, ASSUMPTIONS[sampling.kind]
+    )  # fmt: skip
+
+
+def _sampled(accounting: Any, rounds: int, noise_multiplier: float, delta: float, sampling: Sampling) -> float:
+    """Epsilon with amplification. A fixed size is what is left where all are drawn and too many are left out."""
+    relation = accounting.NeighboringRelation.REPLACE_SPECIAL
+    rate = sampling.rate if sampling.kind == "poisson" else 1.0
+    unsampled = float(accounting.get_epsilon_gaussian(noise_multiplier / math.sqrt(rounds), delta))
+    if unsampled > 100 * _LARGE:  # distributions of so large losses do not fit into memory
+        return unsampled
+    event = accounting.TruncatedSubsampledGaussianDpEvent(sampling.population, rate, sampling.cohort, noise_multiplier)
+    accountant = accounting.pld.PLDAccountant(relation, value_discretization_interval=1e-4 if unsampled < _LARGE else 1e-2)
+    return min(unsampled, float(accountant.compose(event, rounds).get_epsilon(delta)))
+
+
+def _check(rounds: int, delta: float, sampling: Sampling) -> None:
+    if rounds < 0:
+        raise ValueError(f"rounds is {rounds}, it must be at least 0")
+    if not 0 < delta < 1:
+        raise ValueError(f"target_delta is {delta}, it must be above 0 and below 1")
+    if sampling.kind not in SAMPLING:
+        raise ValueError(f"sampling is {sampling.kind!r}, it must be {', '.join(SAMPLING)}")
+    if sampling.kind != "none" and not 0 < sampling.cohort <= sampling.population:
+        raise ValueError(f"cohort is {sampling.cohort}, it must be 1 to the population, {sampling.population}")
+    if not 0 < sampling.rate <= 1:
+        raise ValueError(f"rate is {sampling.rate}, it must be above 0 and at most 1")
+
+
+def _dp_accounting() -> Any:
+    try:
+        import dp_accounting
+    except ImportError:
+        raise ValueError(
+            "noise_multiplier: dp-accounting, which tells what it costs, is missing: pip install 'fedmoe-jax[privacy]'"
+        ) from None
+    return dp_accounting
