@@ -28,6 +28,8 @@ def checked(model: nnx.Module, aligner: Aligner, router: str, numbers: dict[str,
     for name in ("prox", "router_prior", "solo_examples"):
         if not 0 <= (numbers[name] or 0) < float("inf"):
             raise ValueError(f"{name} is {numbers[name]}, it must be at least 0")
+    if numbers["sampling_rate"] is not None and not 0 < numbers["sampling_rate"] <= 1:
+        raise ValueError(f"sampling_rate is {numbers['sampling_rate']}, it must be above 0 and at most 1")
     for name, unit in (("deadline", " seconds"), ("reject_above", "")):
         if (value := numbers[name]) is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}, it must be above 0{unit}")

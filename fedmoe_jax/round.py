@@ -87,6 +87,7 @@ def federated_moe(
     control_variates: bool = False,
     reject_above: float | None = None,
     min_holders: int = 1,
+    sampling_rate: float | None = None,
     personal_budget_bytes: float = 4e9,
     check: bool = False,
 ) -> Algorithm:
@@ -122,6 +123,8 @@ def federated_moe(
         as 1 where it is less. Clients then train with the primal engine. What is not finite is always rejected.
       min_holders: clients that must hold an expert, lest it be left out of the round and keep its weights: where fewer are assigned to it
         nobody gets it, and where fewer send it something, in time, nothing is learnt of it. See `alignment.holders`.
+      sampling_rate: chance of each client to be in a round, above 0 and at most 1 (Poisson sampling), see `sampling.drawn`. Always
+        `cohort_size` clients if None.
       personal_budget_bytes: most that personal routers, control variates and residuals may each take in all.
       check: each round's `Info` tells whether `invariants.NAMES` hold.
 
@@ -131,6 +134,7 @@ def federated_moe(
     numbers: dict[str, Any] = dict(cohort_size=cohort_size, batch_size=batch_size, chunk_size=chunk_size, prox=prox)
     numbers |= dict(local_epochs=local_epochs, local_steps=local_steps, router_prior=router_prior)
     numbers |= dict(solo_examples=solo_examples, deadline=deadline, reject_above=reject_above, min_holders=min_holders)
+    numbers |= dict(sampling_rate=sampling_rate)
     experts, parts = arguments.checked(model, aligner, router, numbers)
     aggregator = aggregation.mean() if aggregator is None else aggregator
     conditions = steady() if conditions is None else conditions
@@ -165,6 +169,8 @@ def federated_moe(
         cost = trainer.cost(population, state.round)
         sampled = sampling.of_round(state.key, state.round, population.num_clients, cohort_size)
         available, slowdown = conditions.draw(stage_key(state.key, "conditions"), state.round, sampled)
+        drawn = sampling.drawn(state.key, state.round, population.num_clients, cohort_size, sampling_rate)
+        available, unavailable = available & drawn, drawn & ~available
         examples = trainer.examples(jax.vmap(population.num_examples)(sampled))
         cached = cache.current(state.cache, sampled, state.last_trained)
         limits = dict(deadline=deadline, examples=examples, pace=state.pace[sampled], available=available, cached=cached)
@@ -194,7 +200,7 @@ def federated_moe(
         carried = (personal, controls, seen, residuals, private, optimizer, learnt)
         new = State(state.key, state.round + 1, weights, shared, *carried, total, last, pace, held)
         dropped = available & ~admitted | cohort.present & ~on_time
-        facts = dict(tokens=tokens, total=total, staleness=state.round - last, unavailable=~available, dropped=dropped)
+        facts = dict(tokens=tokens, total=total, staleness=state.round - last, unavailable=unavailable, dropped=dropped)
         info = summarize(cohort, trainees, alignment, cost, traffic, jnp.minimum(taken, limit), summary, **facts)
         if check:
             seen = (cohort, trainees, alignment, feedback, info.load, tokens, (weights, shared), aligner.groups)

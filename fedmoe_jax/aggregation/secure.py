@@ -5,11 +5,11 @@ that the one of the two adds and the other subtracts, so that what it sends look
 The seeds of masks are split into Shamir shares. Of a client that sent its numbers, the others give the server shares of the seed of its
 own mask; of one that dropped out, those of its seeds of pairs; never both, which would lay its numbers open.
 
-What is real here: fixed point, masks, shares, recovery. What is taken as given: that two clients agree on a seed, that shares travel in
-secret, and that the server follows the protocol (honest but curious). [1] shares one private key of a key agreement, from which all seeds of
-pairs follow; here the seeds are shared themselves, which hides as much and takes more traffic. Threefry stands for a generator
-that is proved to hide. It costs clients^2 masks and clients^3 shares, so training (`fixed_mean(fixed_point=...)`) computes the sum that
-comes out, bit for bit, without them.
+What is real here: fixed point, masks, shares, recovery. What is taken as given: that two clients agree on a seed, that shares travel
+in secret, and that the server follows the protocol (honest but curious). [1] shares one private key of a key agreement, from which
+all seeds of pairs follow; here the seeds are shared themselves, which hides as much and takes more traffic. Threefry stands for a
+generator that is proved to hide. It costs clients^2 masks and clients^3 shares, so training (`fixed_mean(fixed_point=...)`) computes
+the sum that comes out, bit for bit, without them.
 
 References:
   [1] Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017.

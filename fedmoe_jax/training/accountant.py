@@ -13,10 +13,14 @@ The last two, amplification by sampling, need aligners that look at each client 
 other experts where one is not in the cohort. They need withheld scores, too, as what a client reports tells that it was there.
 """
 
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from fedmoe_jax.aggregation.clip import Bound
 from fedmoe_jax.aggregation.privacy import Private
+from fedmoe_jax.training.config import TrainConfig, num_clients
 
 SAMPLING = ("none", "poisson", "fixed")
 ASSUMPTIONS = {
@@ -39,6 +43,10 @@ class Sampling(NamedTuple):
     rate: float = 1.0
 
 
+ALWAYS = Sampling()
+"""Every client may be in every cohort."""
+
+
 class Spent(NamedTuple):
     """A budget that is spent, and under which assumption."""
 
@@ -47,9 +55,6 @@ class Spent(NamedTuple):
     rounds: int
     noise_multiplier: float
     assumption: str
-
-    def __str__(self) -> str:
-        return f"({self.epsilon:.3g}, {self.delta:.3g})-differentially private: {self.assumption}"
 
 
 def together(*noise_multipliers: float | None) -> float:
@@ -60,7 +65,7 @@ def together(*noise_multipliers: float | None) -> float:
     return sum(value**-2 for value in known) ** -0.5 if all(known) else 0.0
 
 
-def epsilon(rounds: int, *, noise_multiplier: float, delta: float, sampling: Sampling = Sampling()) -> float:
+def epsilon(rounds: int, *, noise_multiplier: float, delta: float, sampling: Sampling = ALWAYS) -> float:
     """Epsilon after so many rounds; infinite without noise, 0 without rounds.
 
     Without sampling it is exact [1]; otherwise by privacy loss distributions, or where it is large by Renyi divergences.
@@ -86,7 +91,8 @@ def epsilon(rounds: int, *, noise_multiplier: float, delta: float, sampling: Sam
     return _sampled(accounting, rounds, noise_multiplier, delta, sampling)
 
 
-def noise_multiplier(target: float, rounds: int, *, delta: float, sampling: Sampling = Sampling()) -> float:
+@functools.lru_cache
+def noise_multiplier(target: float, rounds: int, *, delta: float, sampling: Sampling = ALWAYS) -> float:
     """The least noise multiplier, to a thousandth of it, that keeps epsilon at `target` or below after so many rounds.
 
     Raises:
@@ -109,7 +115,7 @@ def noise_multiplier(target: float, rounds: int, *, delta: float, sampling: Samp
     return high
 
 
-def spent(private: Private, rounds: int, *, delta: float, sampling: Sampling = Sampling()) -> Spent:
+def spent(private: Private, rounds: int, *, delta: float, sampling: Sampling = ALWAYS) -> Spent:
     """What a run with this private aggregator has spent after so many rounds.
 
     Raises:
@@ -121,6 +127,63 @@ def spent(private: Private, rounds: int, *, delta: float, sampling: Sampling = S
     return Spent(
         epsilon(rounds, noise_multiplier=each, delta=delta, sampling=sampling), delta, rounds, each, ASSUMPTIONS[sampling.kind]
     )  # fmt: skip
+
+
+def sampling_of(config: TrainConfig) -> Sampling:
+    """What a configuration lets count on."""
+    population = num_clients(config)
+    if not config.secret_cohorts or population is None:
+        return ALWAYS
+    if config.sampling_rate is None:
+        return Sampling("fixed", population, config.cohort)
+    return Sampling("poisson", population, config.cohort, config.sampling_rate)
+
+
+def multiplier(config: TrainConfig) -> float | None:
+    """The noise multiplier of updates that a configuration asks for, or that its target takes; None without noise.
+
+    Raises:
+      ValueError: as `noise_multiplier`, or if the scores alone cost more than the target.
+    """
+    if config.target_epsilon is None:
+        return config.noise_multiplier
+    sampling, target = sampling_of(config), config.target_epsilon
+    whole = noise_multiplier(target, config.rounds, delta=config.target_delta, sampling=sampling)
+    if config.feedback_noise is None:
+        return whole
+    if config.feedback_noise <= whole:
+        raise ValueError(f"feedback_noise: must be above {whole:.4g}, lest scores alone cost target_epsilon, got {config.feedback_noise}")
+    return (whole**-2 - config.feedback_noise**-2) ** -0.5
+
+
+def of_run(config: TrainConfig, rounds: int) -> Spent | None:
+    """What a run has spent after so many rounds; None if it has no noise.
+
+    Raises:
+      ValueError: as `multiplier`.
+    """
+    noise = multiplier(config)
+    if noise is None:
+        return None
+    private = Private(Bound(config.clip_norm or math.inf, config.clip_quantile), noise, config.feedback_noise)
+    return spent(private, rounds, delta=config.target_delta, sampling=sampling_of(config))
+
+
+def account(config: TrainConfig, rounds: int) -> dict[str, Any]:
+    """What summary.json tells of it: {"privacy": the fields of `Spent`}, or nothing without noise.
+
+    Raises:
+      ValueError: as `multiplier`.
+    """
+    found = of_run(config, rounds)
+    return {} if found is None else {"privacy": found._asdict()}
+
+
+def told(privacy: Mapping[str, Any]) -> str:
+    """The "privacy" of a summary as one line; an epsilon of None is infinite."""
+    known = privacy["epsilon"] is not None and math.isfinite(privacy["epsilon"])
+    shown = f"epsilon {privacy['epsilon']:.3g}" if known else "infinite epsilon"
+    return f"{shown} at delta {privacy['delta']:.3g} after {privacy['rounds']} rounds: {privacy['assumption']}"
 
 
 def _sampled(accounting: Any, rounds: int, noise_multiplier: float, delta: float, sampling: Sampling) -> float:
