@@ -131,7 +131,7 @@ def gaussian_noise(*, noise_multiplier: float, feedback_multiplier: float | None
     """Makes an aggregate private [1]: Gaussian noise of noise_multiplier x norm on the sum of clipped updates, of all experts too.
 
     Goes after `clip` or `adaptive_clip` and whatever compresses, before `fixed_mean`, as in
-    `chain(clip(norm=1.0), quantize(bits=8), gaussian_noise(noise_multiplier=1.0), fixed_mean(clients=20, holders=5))`. The server clips
+    `chain(clip(norm=1.0), quantize(bits=8), gaussian_noise(noise_multiplier=1.0), fixed_mean(clients=20.0, holders=5.0))`. The server clips
     what arrives, shared part and experts together, so one client changes the sum by at most the norm; error feedback only delays. What
     is not finite counts as 0.
 
