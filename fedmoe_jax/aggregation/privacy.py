@@ -93,6 +93,8 @@ def fixed_mean(*, clients: float, holders: float, fixed_point: FixedPoint | None
     for name, value in {"clients": clients, "holders": holders}.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}, it must be above 0")
+    if fixed_point is not None and not (0 <= fixed_point.fraction_bits <= 30 and fixed_point.clients >= 1):
+        raise ValueError(f"fixed_point is {fixed_point}, fraction_bits must be from 0 to 30 and clients at least 1")
 
     def init(experts: PyTree, shared: PyTree) -> tuple[PyTree, PyTree]:
         return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=fixed_point and jnp.uint32), (experts, shared))

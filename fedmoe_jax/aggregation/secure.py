@@ -115,6 +115,7 @@ def share(key: Key[Array, ""], secret: UInt32[Array, "*shape"], holders: int, th
 
 def reconstruct(shares: UInt32[Array, "holder *shape 2"], gives: Bool[Array, " holder"], threshold: int) -> UInt32[Array, "*shape"]:
     """The words that these are shares of, from the first `threshold` holders that give theirs; nonsense if fewer do."""
+    shares = jnp.where(gives.reshape(-1, *(1,) * (shares.ndim - 1)), shares, 0)
     chosen = jnp.argsort(~gives, stable=True)[:threshold]
     place = (chosen + 1).astype(jnp.uint32)
 
