@@ -63,6 +63,12 @@ def program(name, multiplier=0.0, chunk=CLIENTS):
     return run
 
 
+def once(made, clients):
+    return jax.jit(lambda clients: made.finish(made.add(made.init(EXPERT_ZEROS, SHARED_ZEROS, made.private.start()), clients), KEY))(
+        clients
+    )
+
+
 def of_client(clients, row):
     """What a client sends, as {name: [(expert or None, delta)]}, in float64."""
     if not int(clients.examples[row]):
@@ -104,7 +110,7 @@ def test_without_noise_it_is_the_sum_of_clipped_updates_over_fixed_numbers_in_an
     clients = update(seed)
     expected, below = oracle(clients)
     for name, atol in (("fixed", 1e-5), ("fixed point", 1e-5), ("adaptive", 1e-5)):
-        for chunk in (CLIENTS, 2):
+        for chunk in (CLIENTS, 2) if name == "adaptive" else (CLIENTS,):
             found, norm = program(name, chunk=chunk)(clients, KEY)
             jax.tree.map(lambda x, y, atol=atol: np.testing.assert_allclose(x, y, rtol=1e-4, atol=atol), found, expected)
             share = 0.5 + below / 2 / EXPECTED["clients"]
@@ -201,7 +207,7 @@ def test_with_equal_clients_and_no_noise_it_is_the_mean():
     alike = dataclasses.replace(clients, held=held, examples=jnp.full(CLIENTS, 4), tokens=jnp.full(held.shape, 7))
     parts = (aggregation.gaussian_noise(noise_multiplier=0.0), aggregation.fixed_mean(clients=float(CLIENTS), holders=3.0))
     rule = aggregation.chain(aggregation.clip(norm=1e9), *parts)
-    found, _ = rule.finish(rule.add(rule.init(EXPERT_ZEROS, SHARED_ZEROS, rule.private.start()), alike), KEY)
+    found, _ = once(rule, alike)
     mean = aggregation.mean()
     expected = mean.finish(mean.add(mean.init(EXPERT_ZEROS, SHARED_ZEROS), alike))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, expected)
@@ -259,6 +265,18 @@ def test_scores_have_the_noise_of_the_client_and_not_of_its_place():
         private.reported(KEY, *rows),
         jax.tree.map(lambda a: a[order], private.reported(KEY, cohort, alignment, told)),
     )
+
+
+def test_what_arrives_is_clipped_again_after_compression():
+    transforms = (aggregation.clip(norm=NORM), aggregation.sparsify(share=0.5), aggregation.quantize(bits=3))
+    made = aggregation.chain(*transforms, aggregation.gaussian_noise(noise_multiplier=0.0), aggregation.fixed_mean(**EXPECTED))
+    plain = aggregation.chain(*transforms, aggregation.mean())
+    assert made.encoder.num_bytes(100, 32) == plain.encoder.num_bytes(100, 32) and made.needs == "deltas" and not made.collects
+    lone = dataclasses.replace(update(3), examples=jnp.asarray([3, 0, 0, 0, 0, 0]))
+    found, _ = once(made, lone)
+    nothing = (jax.tree.map(jnp.zeros_like, EXPERT_ZEROS), jax.tree.map(jnp.zeros_like, SHARED_ZEROS))
+    assert math.sqrt(sum((delta**2).sum() for *_, delta in of_client(lone, 0))) > NORM
+    assert distance(found, nothing) == pytest.approx(NORM, rel=1e-5)
 
 
 CLIP, NOISE, FIXED = aggregation.clip(norm=1.0), aggregation.gaussian_noise(noise_multiplier=1.0), aggregation.fixed_mean(**EXPECTED)

@@ -28,7 +28,7 @@ ASSUMPTIONS = {
     "poisson": "zero-out of one client's data; cohorts are Poisson samples that nobody sees, and each client's experts depend on it alone",
     "fixed": "zero-out of one client's data; cohorts are uniform samples that nobody sees, and each client's experts depend on it alone",
 }
-_LARGE = 30.0  # epsilons from which on loose bounds do
+_GRIDS, _COARSE = ((30, 1e-4), (300, 1e-3)), 1e-2  # epsilon without sampling, and the grid of losses that serves below it
 
 
 class Sampling(NamedTuple):
@@ -68,7 +68,7 @@ def together(*noise_multipliers: float | None) -> float:
 def epsilon(rounds: int, *, noise_multiplier: float, delta: float, sampling: Sampling = ALWAYS) -> float:
     """Epsilon after so many rounds; infinite without noise, 0 without rounds.
 
-    Without sampling it is exact [1]; otherwise by privacy loss distributions, or where it is large by Renyi divergences.
+    Without sampling it is exact [1]; otherwise an upper bound by privacy loss distributions.
 
     Args:
       noise_multiplier: of all that a round asks of a client, see `together`.
@@ -104,11 +104,15 @@ def noise_multiplier(target: float, rounds: int, *, delta: float, sampling: Samp
     def keeps(value: float) -> bool:
         return epsilon(rounds, noise_multiplier=value, delta=delta, sampling=sampling) <= target
 
-    low, high = 0.0, 1.0
-    while not keeps(high):
-        low, high = high, 2 * high
-        if high > 1e4:
-            raise ValueError(f"target_epsilon is {target}, which takes a noise_multiplier above 10,000")
+    _check(rounds, delta, sampling)
+    high = float(_dp_accounting().get_sigma_gaussian(target, delta)) * math.sqrt(rounds) * (1 + 1e-6)
+    if high > 1e4 and not keeps(1e4):
+        raise ValueError(f"target_epsilon is {target}, which takes a noise_multiplier above 10,000")
+    high = low = min(high, 1e4)
+    if sampling.kind == "none":
+        return high
+    while keeps(low) and low > 1e-2:
+        low, high = low / 2, low
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if keeps(middle) else (middle, high)
@@ -191,10 +195,11 @@ def _sampled(accounting: Any, rounds: int, noise_multiplier: float, delta: float
     relation = accounting.NeighboringRelation.REPLACE_SPECIAL
     rate = sampling.rate if sampling.kind == "poisson" else 1.0
     unsampled = float(accounting.get_epsilon_gaussian(noise_multiplier / math.sqrt(rounds), delta))
-    if unsampled > 100 * _LARGE:  # distributions of so large losses do not fit into memory
+    if unsampled > 3000:  # distributions of so large losses do not fit into memory
         return unsampled
     event = accounting.TruncatedSubsampledGaussianDpEvent(sampling.population, rate, sampling.cohort, noise_multiplier)
-    accountant = accounting.pld.PLDAccountant(relation, value_discretization_interval=1e-4 if unsampled < _LARGE else 1e-2)
+    interval = next((gap for most, gap in _GRIDS if unsampled < most), _COARSE)
+    accountant = accounting.pld.PLDAccountant(relation, value_discretization_interval=interval)
     return min(unsampled, float(accountant.compose(event, rounds).get_epsilon(delta)))
 
 
