@@ -20,7 +20,7 @@ def checked(model: nnx.Module, aligner: Aligner, router: str, numbers: dict[str,
     Raises:
       ValueError: naming the argument that cannot be.
     """
-    for name in ("cohort_size", "batch_size", "chunk_size", "local_epochs", "local_steps"):
+    for name in ("cohort_size", "batch_size", "chunk_size", "local_epochs", "local_steps", "min_holders"):
         if (value := numbers[name]) is not None and value < 1:
             raise ValueError(f"{name} is {value}, it must be at least 1")
     if (numbers["local_epochs"] is None) == (numbers["local_steps"] is None):
@@ -28,6 +28,8 @@ def checked(model: nnx.Module, aligner: Aligner, router: str, numbers: dict[str,
     for name in ("prox", "router_prior", "solo_examples"):
         if not 0 <= (numbers[name] or 0) < float("inf"):
             raise ValueError(f"{name} is {numbers[name]}, it must be at least 0")
+    if numbers["sampling_rate"] is not None and not 0 < numbers["sampling_rate"] <= 1:
+        raise ValueError(f"sampling_rate is {numbers['sampling_rate']}, it must be above 0 and at most 1")
     for name, unit in (("deadline", " seconds"), ("reject_above", "")):
         if (value := numbers[name]) is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}, it must be above 0{unit}")
@@ -54,7 +56,11 @@ def check_aggregation(aggregator: Aggregator, broadcast: Transform | None, contr
         raise ValueError("broadcast must be aggregation.quantize(...): a client needs every weight")
     if control_variates and (broadcast is not None or aggregator.encoder is not None):
         raise ValueError("control_variates travel as they are: they go neither with a broadcast nor with clipped or compressed updates")
-    for name, given in (("control_variates", control_variates), ("router 'statistics'", router == "statistics")):
+    beside = (("control_variates", control_variates), ("router 'statistics'", router == "statistics"))
+    for name, given in (*beside, ("router 'personal'", router == "personal")):
+        if given and aggregator.private is not None:
+            raise ValueError(f"{name}: what clients return for it has no noise, so that it does not go with gaussian_noise")
+    for name, given in beside:
         if given and aggregator.collects:
             raise ValueError(f"{name}: what clients return for it is summed, where a bad client could do what a robust aggregator prevents")
 

@@ -294,18 +294,20 @@ class Aligner(NamedTuple):
 class Aggregator(NamedTuple):
     """Turns client updates, seen in chunks, into one server update.
 
-    init(experts, shared) -> total; add(total, update) -> total; finish(total) -> (expert deltas, shared deltas).
-    `needs` says what it reads of each client: "sum", "norms" or "deltas". One that `collects` keeps all of a cohort, and gets
-    room for it: init(experts, shared, clients, slots of a group). What becomes of updates on their way to it is its `encoder`,
-    see `aggregation.chain.Encoder`; None if nothing does.
+    init(experts, shared) -> total; add(total, update) -> total; finish(total) -> (expert deltas, shared deltas). `needs` says what
+    it reads of each client: "sum", "norms" or "deltas". One that `collects` keeps all of a cohort, and gets room for it:
+    init(experts, shared, clients, slots of a group). Its `encoder` is what becomes of updates on their way (`aggregation.chain`). One
+    that is `private` (`aggregation.privacy`) is init(experts, shared, kept), finish(total, key) -> (deltas, kept). It divides by `fixed`.
     """
 
     init: Callable[..., PyTree]
     add: Callable[[PyTree, ClientUpdate], PyTree]
-    finish: Callable[[PyTree], tuple[PyTree, PyTree]]
+    finish: Callable[..., tuple[PyTree, PyTree]]
     needs: str
     encoder: Any = None
     collects: bool = False
+    private: Any = None
+    fixed: Any = None
 
 
 @runtime_checkable

@@ -148,6 +148,10 @@ def _train(words: list[str]) -> None:
     summary = train(config, _folder(options.out), resume=options.resume, trace=options.trace, callback=callback, check=options.check)
     last = summary["last"]
     print(f"accuracy {_percent(last['eval_accuracy'])}, clients' own {_percent(last['client_accuracy_mean'])}: {options.out}/report.html")
+    if "privacy" in summary:
+        from fedmoe_jax.training.accountant import told
+
+        print(f"privacy: {told(summary['privacy'])}")
 
 
 def _stored(words: list[str]) -> TrainConfig | None:

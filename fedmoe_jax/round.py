@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fedmoe_jax import aggregation, arguments, cache, invariants, posterior, sampling, scaffold
 from fedmoe_jax.aggregation import Transform, compression
-from fedmoe_jax.alignment import capacity
+from fedmoe_jax.alignment import capacity, holders
 from fedmoe_jax.alignment.capacity import admit as admit
 from fedmoe_jax.base import NO_EXPERT, Aggregator, Aligner, Alignment, Cohort, LossFn, Population, RoundCost, pytree, stage_key
 from fedmoe_jax.conditions import Conditions, steady
@@ -29,7 +29,7 @@ STATISTICS_BATCHES = 4
 class State:
     """What the next round reads. `personal` holds each client's own router rows, or None when they are shared; `controls` the
     control variates of SCAFFOLD, `statistics` those of each MoE layer for the global router, `residuals` what compression kept
-    of each client's updates of (experts, shared), or None without.
+    of each client's updates of (experts, shared), `private` the norm to which a private aggregator clips, or None without.
 
     `tokens` and `last_trained` have the experts of all groups, group after group. `pace` is how many times as long as its
     profile says each client took lately.
@@ -43,6 +43,7 @@ class State:
     controls: scaffold.Controls | None
     statistics: tuple[posterior.Statistics, ...] | None
     residuals: PyTree[Float[Array, "population ..."]] | None
+    private: PyTree | None
     optimizer: PyTree
     aligner: PyTree
     tokens: Float[Array, " all_experts"]
@@ -59,6 +60,7 @@ class Opening(NamedTuple):
 
     key: Key[Array, ""]
     available: Bool[Array, " client"]
+    unavailable: Bool[Array, " client"]
     admitted: Bool[Array, " client"]
     cohort: Cohort
     alignment: Alignment
@@ -118,6 +120,8 @@ def federated_moe(
     broadcast: Transform | None = None,
     control_variates: bool = False,
     reject_above: float | None = None,
+    min_holders: int = 1,
+    sampling_rate: float | None = None,
     personal_budget_bytes: float = 4e9,
     check: bool = False,
 ) -> Algorithm:
@@ -151,6 +155,10 @@ def federated_moe(
         gradient of the whole model for each client of the population. Clients then train with the primal engine.
       reject_above: rejects a client's update whose norm is above so many times that of the same weights as it received them, taken
         as 1 where it is less. Clients then train with the primal engine. What is not finite is always rejected.
+      min_holders: clients that must hold an expert, lest it be left out of the round and keep its weights: where fewer are assigned to it
+        nobody gets it, and where fewer send it something, in time, nothing is learnt of it. See `alignment.holders`.
+      sampling_rate: chance of each client to be in a round, above 0 and at most 1 (Poisson sampling), see `sampling.drawn`. Always
+        `cohort_size` clients if None.
       personal_budget_bytes: most that personal routers, control variates and residuals may each take in all.
       check: each round's `Info` tells whether `invariants.NAMES` hold.
 
@@ -159,7 +167,8 @@ def federated_moe(
     """
     numbers: dict[str, Any] = dict(cohort_size=cohort_size, batch_size=batch_size, chunk_size=chunk_size, prox=prox)
     numbers |= dict(local_epochs=local_epochs, local_steps=local_steps, router_prior=router_prior)
-    numbers |= dict(solo_examples=solo_examples, deadline=deadline, reject_above=reject_above)
+    numbers |= dict(solo_examples=solo_examples, deadline=deadline, reject_above=reject_above, min_holders=min_holders)
+    numbers |= dict(sampling_rate=sampling_rate)
     experts, parts = arguments.checked(model, aligner, router, numbers)
     aggregator = aggregation.mean() if aggregator is None else aggregator
     conditions = steady() if conditions is None else conditions
@@ -178,45 +187,53 @@ def federated_moe(
         if cohort_size > population.num_clients:
             raise ValueError(f"cohort_size is {cohort_size}, it must be at most the population, {population.num_clients}")
         personal = router_rows(parts.experts, population.num_clients, personal_budget_bytes) if router == "personal" else None
+        private = None if aggregator.private is None else aggregator.private.start()
         controls, residuals, sizes = None, None, (population.num_clients, personal_budget_bytes)
         if control_variates:
             controls = scaffold.start(parts.experts, parts.shared, *sizes, personal_router=router == "personal")
         if aggregator.encoder is not None:
             residuals = aggregator.encoder.init(scaffold.travelling(parts.experts, router == "personal"), parts.shared, *sizes)
         statistics = posterior.start(parts, batch_shape(population, batch_size)) if router == "statistics" else None
-        return _start(key, population.num_clients, parts, (personal, controls, statistics, residuals), server_optimizer, aligner)
+        own = personal, controls, statistics, residuals, private
+        return _start(key, population.num_clients, parts, own, server_optimizer, aligner)
 
     def begin(state: State, population: Population, available: Bool[Array, " client"]) -> Opening:
         key = jax.random.fold_in(state.key, state.round)
         cost = trainer.cost(population, state.round)
         sampled = sampling.of_round(state.key, state.round, population.num_clients, cohort_size)
+        drawn = sampling.drawn(state.key, state.round, population.num_clients, cohort_size, sampling_rate)
+        available, unavailable = available & drawn, drawn & ~available
         examples = trainer.examples(jax.vmap(population.num_examples)(sampled))
         cached = cache.current(state.cache, sampled, state.last_trained)
         limits = dict(deadline=deadline, examples=examples, pace=state.pace[sampled], available=available, cached=cached)
         cohort, admitted = admit(population, sampled, cost, aligner, **limits)
         alignment, aligned = aligner.align(stage_key(key, "align"), state.aligner, cohort)
+        alignment = holders.leave_out(alignment, experts, min_holders)
         down, up = trainer.expert_bytes()
         traffic = downloads(alignment, cached, down, trainer.report_bytes(population), up)
         planned = _seconds(population, cost, alignment, traffic, examples, sampled)
         prior = router_prior * alignment.centred
-        return Opening(stage_key(key, "local"), available, admitted, cohort, alignment, aligned, prior, cost, traffic, planned)
+        settled = (cohort, alignment, aligned, prior, cost, traffic, planned)
+        return Opening(stage_key(key, "local"), available, unavailable, admitted, *settled)
 
     def finish(state: State, opening: Opening, trainees: Cohort, taken: Float[Array, " client"], reached: Any, outcome: Any) -> Any:
         cohort, alignment = opening.cohort, opening.alignment
         delta, routers, kept, feedback, summary = outcome
         tokens = combine(feedback.tokens.astype(jnp.float32), alignment.held, jnp.ones(alignment.held.shape), experts)
-        (weights, shared), optimizer = _serve(server_optimizer, state, delta, tokens, feedback.examples.sum())
+        served = holders.served(trainees, alignment, feedback, experts, min_holders, hidden=aggregator.private is not None)
+        (weights, shared), optimizer = _serve(server_optimizer, state, delta, *served)
         personal = None
         if routers is not None:
             personal, weights = keep_routers(state.personal, weights, routers, trainees, alignment.held)
-        learnt = aligner.learn(opening.aligned, trainees, alignment, feedback)
-        total, last = state.tokens + tokens, jnp.where(tokens > 0, state.round, state.last_trained)
+        told = _told(aggregator.private, jax.random.fold_in(state.key, state.round), trainees, alignment, feedback)
+        learnt = aligner.learn(opening.aligned, trainees, alignment, told)
+        total, last = state.tokens + tokens, jnp.where(served[0], state.round, state.last_trained)
         pace, held = _of_clients(state, cohort, alignment, taken, opening.planned, reached)
-        controls, seen, residuals = kept
-        carried = (personal, controls, seen, residuals, optimizer, learnt)
+        controls, seen, residuals, private = kept
+        carried = (personal, controls, seen, residuals, private, optimizer, learnt)
         new = State(state.key, state.round + 1, weights, shared, *carried, total, last, pace, held)
         dropped = opening.available & ~opening.admitted | cohort.present & ~trainees.present
-        facts = dict(tokens=tokens, total=total, staleness=state.round - last, unavailable=~opening.available, dropped=dropped)
+        facts = dict(tokens=tokens, total=total, staleness=state.round - last, unavailable=opening.unavailable, dropped=dropped)
         info = summarize(cohort, trainees, alignment, opening.cost, opening.traffic, jnp.minimum(taken, limit), summary, **facts)
         if check:
             seen = (cohort, trainees, alignment, feedback, info.load, tokens, (weights, shared), aligner.groups)
@@ -246,11 +263,12 @@ def _start(key, clients, parts, own, server_optimizer, aligner) -> State:
     number = len(groups(parts.experts))
     experts, places = number * num_experts(parts.experts), number * (aligner.max_slots + aligner.probes)
     learnt = jax.tree.map(jnp.copy, aligner.init(clients))
-    personal, controls, statistics, residuals = own
+    personal, controls, statistics, residuals, private = own
     return State(
         key=jnp.copy(key), round=jnp.int32(0), experts=weights[0], shared=weights[1], personal=personal, controls=controls,
-        statistics=statistics, residuals=residuals, optimizer=server_optimizer.init(weights), aligner=learnt, tokens=jnp.zeros(experts),
-        last_trained=jnp.full(experts, -1, jnp.int32), pace=jnp.ones(clients), cache=cache.empty(clients, places),
+        statistics=statistics, residuals=residuals, private=private, optimizer=server_optimizer.init(weights), aligner=learnt,
+        tokens=jnp.zeros(experts), last_trained=jnp.full(experts, -1, jnp.int32), pace=jnp.ones(clients),
+        cache=cache.empty(clients, places),
     )  # fmt: skip
 
 
@@ -299,14 +317,19 @@ def _arrived(broadcast, state) -> State:
     return dataclasses.replace(state, experts=weights[0], shared=weights[1])
 
 
-def _serve(server_optimizer, state, delta, tokens, examples):
+def _told(private, key, trainees, alignment, feedback):
+    """What the aligner gets to know."""
+    return feedback if private is None else private.reported(stage_key(key, "feedback"), trainees, alignment, feedback)
+
+
+def _serve(server_optimizer, state, delta, served, anyone):
     """The server's step on minus the delta. What nobody trained keeps its value."""
     old = (state.experts, state.shared)
     updates, optimizer = server_optimizer.update(jax.tree.map(jnp.negative, delta), state.optimizer, old)
     experts, shared = optax.apply_updates(old, updates)
 
-    def trained(tokens, new, value):
-        return jnp.where((tokens > 0).reshape(-1, *(1,) * (value.ndim - 1)), new, value)
+    def trained(served, new, value):
+        return jnp.where(served.reshape(-1, *(1,) * (value.ndim - 1)), new, value)
 
-    experts = map_groups(trained, groups(experts), tokens, experts, state.experts)
-    return (experts, jax.tree.map(lambda new, value: jnp.where(examples > 0, new, value), shared, state.shared)), optimizer
+    experts = map_groups(trained, groups(experts), served, experts, state.experts)
+    return (experts, jax.tree.map(lambda new, value: jnp.where(anyone, new, value), shared, state.shared)), optimizer

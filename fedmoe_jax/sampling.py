@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from fedmoe_jax.base import stage_key
 
@@ -54,6 +54,19 @@ def cohort(key: Key[Array, ""], population: int, size: int) -> Int[Array, " clie
 def of_round(key: Key[Array, ""], round: Int[Array, ""], population: int, size: int) -> Int[Array, " client"]:
     """The cohort of a round of a run that began with `key`."""
     return cohort(stage_key(jax.random.fold_in(key, round), "cohort"), population, size)
+
+
+def drawn(key: Key[Array, ""], round: Int[Array, ""], population: int, size: int, rate: float | None) -> Bool[Array, " client"]:
+    """Which clients of the cohort of a round (`of_round`) are there, where each of the population is with a chance of `rate`.
+
+    Their number is binomial, and they are the first ones of the cohort, which is a uniform sample: so each is drawn by a coin of
+    its own. Where more are drawn than the cohort has places, as many as are too many are left out at random. All are there if `rate`
+    is None.
+    """
+    if rate is None:
+        return jnp.ones(size, bool)
+    number = jax.random.binomial(stage_key(jax.random.fold_in(key, round), "drawn"), population, rate)
+    return jnp.arange(size) < number
 
 
 def _mix(value):

@@ -37,14 +37,17 @@ class Transform(NamedTuple):
     apply(keys, messages) -> messages: pairs of lists, of the experts' tensors and of the shared ones. Those of experts have
     a leading axis of slots, each slot being a tensor with a key of its own; what is not sent is 0, and what it becomes is lost.
     wire(wire) -> wire says what it does to what travels. `order` is its place: in a chain it goes up. With `error_feedback`
-    a client keeps what this transform and those after it leave out, and adds it the next time.
+    a client keeps what this transform and those after it leave out, and adds it the next time. `bound` is the norm that it promises,
+    a `clip.Bound`. One that acts in the aggregator has no `apply`: around(bound, aggregator) -> aggregator is what it makes of that.
     """
 
     name: str
     order: int
-    apply: Callable[[Any, Any], Any]
+    apply: Callable[[Any, Any], Any] | None
     wire: Callable[[Wire], Wire]
     error_feedback: bool = False
+    bound: Any = None
+    around: Callable[[Any, Aggregator], Aggregator] | None = None
 
     def num_bytes(self, values: int, bits: int) -> int:
         """Bytes on the link of a tensor that has so many values of so many bits without compression."""
@@ -103,6 +106,7 @@ def travel(
     messages: Any = [Message(leaf.reshape(len(leaf), math.prod(leaf.shape[1:]))) for leaf in leaves[0]]
     messages = messages, [Message(leaf.reshape(leaf.size)) for leaf in leaves[1]]
     for transform in transforms:
+        assert transform.apply is not None
         messages = transform.apply(_keys(stage_key(key, transform.name), weights, numbers, names), messages)
     experts = [jax.vmap(_arrived)(message, leaf) for message, leaf in zip(messages[0], leaves[0], strict=True)]
     shared = [_arrived(message, leaf) for message, leaf in zip(messages[1], leaves[1], strict=True)]
@@ -143,10 +147,10 @@ def chain(*parts: Any) -> Aggregator:
       parts: transforms, in ascending order, then an aggregator.
 
     Returns:
-      The aggregator, as it is where there is no transform. It needs "deltas" of each client otherwise.
+      The aggregator, as it is where no transform changes what clients send. It needs "deltas" of each client otherwise.
 
     Raises:
-      ValueError: if the last part is no aggregator, another one is no transform, or the order is wrong.
+      ValueError: if the last part is no aggregator, another one is no transform, the order is wrong, or two of them do not go together.
 
     References:
       [1] Seide et al., "1-Bit Stochastic Gradient Descent", Interspeech 2014.
@@ -154,6 +158,10 @@ def chain(*parts: Any) -> Aggregator:
       [3] Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", ICML 2019.
     """
     transforms, aggregator = _checked(parts)
+    bound = next((transform.bound for transform in transforms if transform.bound is not None), None)
+    for transform in transforms:
+        aggregator = transform.around(bound, aggregator) if transform.around is not None else aggregator
+    transforms = tuple(transform for transform in transforms if transform.apply is not None)
     if not transforms:
         return aggregator
     first = next((place for place, transform in enumerate(transforms) if transform.error_feedback), 0)
@@ -211,12 +219,16 @@ def _checked(parts) -> tuple[tuple[Transform, ...], Aggregator]:
             raise ValueError(f"chain has an aggregator in place {place + 1}, nothing may follow it")
         if not isinstance(part, Transform):
             raise ValueError(f"chain has {part!r} in place {place + 1}, it must be a transform such as aggregation.quantize(bits=8)")
+    if not any(transform.around for transform in transforms):
+        for transform in transforms:
+            if transform.apply is None:
+                raise ValueError(f"chain has {transform.name} without gaussian_noise, it must be followed by it")
     if transforms and aggregator.encoder is not None:
         raise ValueError("chain ends in a chain, give all transforms to one")
     for earlier, later in itertools.pairwise(transforms):
         if earlier.order >= later.order:
-            problem = "twice" if earlier.name == later.name else f"before {later.name}, it must come after it"
-            raise ValueError(f"chain has {earlier.name} {problem}")
+            problem = f"before {later.name}, it must come after it" if earlier.order > later.order else f"and {later.name}, one must go"
+            raise ValueError(f"chain has {earlier.name} {'twice' if earlier.name == later.name else problem}")
         if earlier.error_feedback and later.wire(Wire(1, 1, 32)).bits < 3:
             raise ValueError(f"chain has {earlier.name} with error_feedback before fewer than 3 bits, whose errors would add up")
     return tuple(transforms), aggregator

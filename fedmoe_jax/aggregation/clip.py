@@ -1,7 +1,7 @@
 """A bound on how much one client can change: its whole update is scaled down to a norm."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -12,11 +12,21 @@ CLIP = 10
 """Place in a chain: before what compresses."""
 
 
+class Bound(NamedTuple):
+    """The norm to which updates are clipped: for good, or at first, where it follows a `quantile` of theirs, see `adaptive_clip`."""
+
+    norm: float
+    quantile: float | None = None
+    rate: float = 0.0
+    deviation: float = math.inf
+
+
 def clip(*, norm: float) -> Transform:
     """Scales a client's update, shared part and experts together, down to a Euclidean norm of at most `norm`.
 
     Experts that got no token, and router rows that stay on the client, are not sent and do not count. Where a later transform has error
-    feedback, what a client kept earlier comes on top of the clipped update.
+    feedback, what a client kept earlier comes on top of the clipped update. Where the chain has `gaussian_noise`, the server clips what
+    arrives once more, to the same norm.
 
     Args:
       norm: above 0.
@@ -37,4 +47,35 @@ def clip(*, norm: float) -> Transform:
 
         return tuple([scaled(message) for message in part] for part in messages)
 
-    return Transform("clip", CLIP, apply, lambda wire: wire)
+    return Transform("clip", CLIP, apply, lambda wire: wire, bound=Bound(float(norm)))
+
+
+def adaptive_clip(*, norm: float, deviation: float, quantile: float = 0.5, rate: float = 0.2) -> Transform:
+    """As `clip`, but the norm C follows a quantile of the clients' norms [1]. It goes with `gaussian_noise` only.
+
+    After a round C <- C exp(-rate (b - quantile)), where b is the share of `fixed_mean`'s clients whose update had a norm of at most C,
+    with Gaussian noise on their number. What clients return for it are -1/2 and 1/2, so that a client changes the sum by at most 1/2;
+    absent ones count as half a client. What arrives is clipped, after compression.
+
+    The noise on the number is part of `gaussian_noise`'s noise_multiplier z: that on updates is z_delta C, where
+    z_delta = (z^-2 - (2 deviation)^-2)^(-1/2), so that both together cost what z alone would ([1], theorem 1).
+
+    Args:
+      norm: C of the first round, above 0.
+      deviation: of the noise on the number of clients, above 0; [1] takes a twentieth of the cohort.
+      quantile: of the norms, from 0 to 1.
+      rate: how fast C moves, above 0.
+
+    Raises:
+      ValueError: if an argument is out of its range.
+
+    References:
+      [1] Andrew, Thakkar, McMahan and Ramaswamy, "Differentially Private Learning with Adaptive Clipping", NeurIPS 2021.
+    """
+    for name, value in {"norm": norm, "deviation": deviation, "rate": rate}.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}, it must be above 0")
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"quantile is {quantile}, it must be from 0 to 1")
+    bound = Bound(float(norm), float(quantile), float(rate), float(deviation))
+    return Transform("adaptive_clip", CLIP, None, lambda wire: wire, bound=bound)

@@ -12,7 +12,19 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax import posterior, scaffold, store
-from fedmoe_jax.base import NO_EXPERT, Aggregator, Alignment, ClientUpdate, Cohort, Feedback, LossFn, Population, RoundCost, client_keys
+from fedmoe_jax.base import (
+    NO_EXPERT,
+    Aggregator,
+    Alignment,
+    ClientUpdate,
+    Cohort,
+    Feedback,
+    LossFn,
+    Population,
+    RoundCost,
+    client_keys,
+    stage_key,
+)
 from fedmoe_jax.experts import Partition, RouterParam, by_group, combine, groups, map_groups
 from fedmoe_jax.kernels import DualKernel, is_dual, is_finite
 from fedmoe_jax.local import dual, plan, primal
@@ -93,8 +105,8 @@ class Trainer(NamedTuple):
 
         Returns:
           (expert deltas, shared deltas), what each client added to its own router rows [client, slot, ...] (None when they are
-          shared), the new control variates, sums of statistics and residuals (None without), Feedback, (mean training loss,
-          rejected updates).
+          shared), the new control variates, sums of statistics, residuals and what a private aggregator keeps (None without),
+          Feedback, (mean training loss, rejected updates).
         """
         size = cohort.client.shape[0]
         chunks = -(-size // self.chunk_size)
@@ -106,14 +118,20 @@ class Trainer(NamedTuple):
         rows = jax.tree.map(lambda row: _chunked(row[order], chunks, self.chunk_size), rows)
         train_chunk = self._chunk_function(state, population, self.uses(population))
         kept = state.controls, posterior.decayed(state.statistics), state.residuals
-        room = (chunks * self.chunk_size, alignment.held.shape[1] // len(groups(state.experts))) if self.aggregator.collects else ()
+        room: tuple[Any, ...] = () if self.aggregator.private is None else (state.private,)
+        if self.aggregator.collects:
+            room = chunks * self.chunk_size, alignment.held.shape[1] // len(groups(state.experts))
         total = self.aggregator.init(state.experts, state.shared, *room)
         (total, kept), out = jax.lax.scan(train_chunk, (total, kept), rows)
         feedback, routers, loss, rejected = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][jnp.argsort(order)], out)
         feedback = Feedback(*feedback)
         examples = feedback.examples
         train_loss = jnp.where(examples.sum() > 0, (loss * examples).sum() / jnp.maximum(examples.sum(), 1), jnp.nan)
-        return self.aggregator.finish(total), routers, kept, feedback, (train_loss, rejected.sum())
+        if self.aggregator.private is not None:
+            delta, private = self.aggregator.finish(total, stage_key(key, "noise"))  # type: ignore[call-arg]
+        else:
+            delta, private = self.aggregator.finish(total), None
+        return delta, routers, (*kept, private), feedback, (train_loss, rejected.sum())
 
     def train_one(self, key, received: Received, population, client, held, probed, prior) -> tuple[Any, dict[str, Any], Any, Any]:
         """Trains one client apart from any cohort, with its own copy of the weights.

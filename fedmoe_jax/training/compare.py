@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from fedmoe_jax.experts import Partition
-from fedmoe_jax.training import metrics
+from fedmoe_jax.training import accountant, metrics
 from fedmoe_jax.training.comparison import compare_table
 from fedmoe_jax.training.config import TrainConfig, UsageError, located, to_toml, validate
 from fedmoe_jax.training.metrics import MetricsLog, Record
@@ -47,6 +47,7 @@ def compare(config: TrainConfig, out: str | Path, *, aligners: list[str], seeds:
     configs = {aligner: dataclasses.replace(config, aligner=aligner) for aligner in aligners}
     for one in configs.values():
         validate(one)
+        accountant.of_run(one, one.rounds)
     data = build(config)
     setups = {
         aligner: [variant(data, dataclasses.replace(one, seed=config.seed + n)) for n in range(seeds)] for aligner, one in configs.items()
@@ -61,6 +62,7 @@ def compare(config: TrainConfig, out: str | Path, *, aligners: list[str], seeds:
             progress.note(f"{aligner}: {seeds} {'seed' if seeds == 1 else 'seeds'} of {config.rounds} rounds{how}")
             runs[aligner] = _run(each, folders, together, progress, sum(map(len, runs.values())) * config.rounds)
     table = compare_table(runs, config.target) | metrics.environment() | {"config": dataclasses.asdict(config)}
+    table |= accountant.account(config, config.rounds)
     metrics.write_json(out / "comparison.json", table)
     draw_comparison(runs, out / "plots")
     write_report(out)

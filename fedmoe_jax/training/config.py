@@ -10,12 +10,12 @@ from typing import Any
 
 from fedmoe_jax.data import shift
 from fedmoe_jax.devices import SOURCES
-from fedmoe_jax.training import fields
+from fedmoe_jax.training import conflicts, fields
+from fedmoe_jax.training.conflicts import num_clients
 from fedmoe_jax.training.fields import Options, UsageError, to_toml
 
-__all__ = ["TrainConfig", "UsageError", "from_toml", "located", "parse", "to_toml", "validate"]
+__all__ = ["TrainConfig", "UsageError", "from_toml", "located", "num_clients", "parse", "to_toml", "validate"]
 
-DEFAULT_POPULATION = 100
 MAX_INT = 2**31 - 1  # of whole numbers, as devices count
 SPLITS = ("iid", "dirichlet", "classes", "natural")
 MODELS = ("mlp", "resnet", "transformer")
@@ -118,6 +118,24 @@ class TrainConfig:
     """Norm to which a client's whole update is scaled down; none if not given."""
     reject_above: float | None = None
     """Times the norm of the weights that a client received above which its update is rejected; any if not given."""
+    noise_multiplier: float | None = None
+    """Noise on the sum of updates, as a multiple of clip_norm, so that no client's data can be told; none if not given."""
+    target_epsilon: float | None = None
+    """In place of noise_multiplier: as much noise as keeps epsilon after all rounds at this or below."""
+    target_delta: float = 1e-5
+    """The delta of that epsilon, below 1 over the population."""
+    clip_quantile: float | None = None
+    """Quantile of the updates' norms that clip_norm, then that of the first round, is to follow; it stays if not given."""
+    feedback_noise: float | None = None
+    """Noise multiplier of the scores that clients tell, also spent; with noise on updates they are withheld if not given."""
+    secret_cohorts: bool = False
+    """Count on nobody seeing who is in a cohort, for which epsilon is lower."""
+    sampling_rate: float | None = None
+    """Chance of each client to be in a round, of whom at most cohort are; always as many as cohort if not given."""
+    min_holders: int = 1
+    """Clients that must hold an expert, lest it be left out of the round."""
+    secure_bits: int | None = None
+    """Binary places of the whole numbers that secure aggregation sums; updates are not summed so if not given."""
     aligner: str = "balanced"
     """Who trains which expert: random, greedy, load_only, balanced, full, or package.module:name."""
     assignment: str = "shared"
@@ -194,18 +212,21 @@ _NAMES = {
 _CUSTOM = ("model", "aligner", "profile")
 _LEAST = {
     **dict.fromkeys(("classes_per_client", "population", "cohort", "experts", "slots", "top_k", "rounds", "local_epochs"), 1),
+    "min_holders": 1,
     **dict.fromkeys(("local_steps", "batch_size", "eval_every", "checkpoint_every", "chunk", "stream"), 1),
     **dict.fromkeys(("domains", "compress_bits", "broadcast_bits"), 2),
     **dict.fromkeys(("shared_experts", "probes", "seed", "balance_weight", "prox", "router_prior", "tolerance"), 0),
     **dict.fromkeys(("demand", "agreement", "least_spread", "speed_bias", "speed_jitter", "bad_share"), 0),
+    **dict.fromkeys(("noise_multiplier", "clip_quantile", "secure_bits"), 0),
 }
 _ABOVE_ZERO = (
     *("availability", "alpha", "client_lr", "server_lr", "shared_lr", "beta", "deadline", "target", "compress_share"),
-    *("clip_norm", "reject_above"),
+    *("clip_norm", "reject_above", "target_epsilon", "target_delta", "feedback_noise", "sampling_rate"),
 )
-_MOST = dict.fromkeys(("availability", "demand", "beta", "target", "compress_share", "agreement"), 1)
-_MOST |= {"seed": 2**32 - 1, "compress_bits": 8, "broadcast_bits": 8}
-_MOST_FIELD = {"cohort": "population", "slots": "experts", "top_k": "experts", "probes": "experts"}
+_MOST: dict[str, float] = dict.fromkeys(
+    ("availability", "demand", "beta", "target", "compress_share", "agreement", "clip_quantile", "sampling_rate"), 1
+)
+_MOST |= {"seed": 2**32 - 1, "compress_bits": 8, "broadcast_bits": 8, "secure_bits": 30, "target_delta": 0.5}
 
 
 def validate(config: Any) -> None:
@@ -236,33 +257,7 @@ def _number(config, name, value):
     most = _MOST.get(name, MAX_INT if isinstance(value, int) else math.inf)
     if value > most:
         return f"must be at most {most}, got {fields.shown(value)}"
-    if problem := _together(config, name, value):
-        return problem
-    other = _MOST_FIELD.get(name)
-    most = num_clients(config) if other == "population" else getattr(config, other or "", None)
-    if most is not None and value > most:
-        return f"must be at most {other} ({most}), got {value}"
-    return None
-
-
-def _together(config, name, value):
-    """What is wrong with a number beside others, or None."""
-    compresses = getattr(config, "compress_share", None) is not None
-    if name == "bad_share" and value >= 0.5:
-        return f"must be below 0.5, got {value}"
-    if name == "rotate" and value and config.compress_bits is None and config.broadcast_bits is None:
-        return "must be false where neither compress_bits nor broadcast_bits is given"
-    if name == "agreement" and value and (compresses or getattr(config, "aggregator", "mean") != "mean"):
-        return "must be 0 with compress_share, where most numbers are not sent, and with any aggregator but mean"
-    if name == "compress_bits" and value < 3 and compresses:
-        return f"must be at least 3 with compress_share, since errors of fewer add up, got {value}"
-    return None
-
-
-def num_clients(config: Any) -> int | None:
-    """How many clients the population is to have; None for all natural ones."""
-    given = getattr(config, "population", None)
-    return DEFAULT_POPULATION if given is None and getattr(config, "split", None) != "natural" else given
+    return conflicts.problem(config, name, value)
 
 
 def _text(name, value):

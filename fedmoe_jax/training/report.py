@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fedmoe_jax.training import metrics, plots
+from fedmoe_jax.training import accountant, metrics, plots
+from fedmoe_jax.training.config import TrainConfig
 
 CAPTIONS = {
     "learning": "Loss and accuracy over the rounds",
@@ -93,13 +94,28 @@ def _run_page(folder):
         plots.draw_run(records, folder / "plots")
     names = [_short(str(config[name])) for name in ("data", "model", "aligner") if name in config]
     last = [(name, _number(name, value)) for name, value in summary["last"].items()]
+    spent = _privacy(saved, config, summary["rounds"])
     tables = _section("Configuration", _pairs(config.items())) + _section("Last values", _pairs((_label(n), v) for n, v in last))
-    body = _cards(_run_figures(summary)) + _pictures(folder) + f'<div class="columns">{tables}</div>'
+    body = _cards(_run_figures(summary)) + spent + _pictures(folder) + f'<div class="columns">{tables}</div>'
     return _page(
         f"Run {folder.resolve().name}",
         " · ".join(map(str, [*names, f"{summary['rounds']} rounds"])),
         body + _section("Environment", _environment(summary)),
     )
+
+
+def _privacy(saved, config, rounds):
+    """A section on what is spent, as it was saved, or of the rounds so far."""
+    spent = saved.get("privacy")
+    if spent is None and {"noise_multiplier", "target_epsilon"} & set(config):
+        try:
+            spent = accountant.account(TrainConfig(**config), rounds).get("privacy")
+        except (TypeError, ValueError) as error:
+            return _section("Privacy", _pairs([("not known", error)]))
+    try:
+        return "" if spent is None else _section("Privacy", _pairs([("spent", accountant.told(spent))]))
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"summary.json: its privacy is damaged ({type(error).__name__})") from None
 
 
 def _short(name):
@@ -133,7 +149,7 @@ def _comparison_page(folder):
     about = f"{', '.join(aligners)} · {goal}"
     config = {name: value for name, value in config.items() if value not in (None, {})}
     settings = _section("Configuration", _pairs(config.items())) if config else ""
-    body = table + _pictures(folder) + settings + _section("Environment", _environment(comparison))
+    body = table + _privacy(comparison, {}, 0) + _pictures(folder) + settings + _section("Environment", _environment(comparison))
     return _page(f"Comparison {folder.resolve().name}", about, body)
 
 

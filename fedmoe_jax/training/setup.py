@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from fedmoe_jax import aggregation, alignment, models
-from fedmoe_jax.alignment import fitness, load
+from fedmoe_jax.alignment import fitness, holders, load
 from fedmoe_jax.base import Aggregator, Aligner, Cohort, Fitness, RoundCost
 from fedmoe_jax.conditions import varying
 from fedmoe_jax.data import partition as splits
@@ -23,8 +23,8 @@ from fedmoe_jax.local.cost import round_cost
 from fedmoe_jax.local.plan import chunk_size
 from fedmoe_jax.local.primal import num_processed
 from fedmoe_jax.round import STATISTICS_BATCHES, Algorithm, State, admit, federated_moe
-from fedmoe_jax.training import clients
-from fedmoe_jax.training.config import MODELS, TrainConfig
+from fedmoe_jax.training import accountant, clients
+from fedmoe_jax.training.config import MODELS, TrainConfig, num_clients
 from fedmoe_jax.training.foreign import foreign
 from fedmoe_jax.training.optimizers import client_optimizer, server_optimizer
 from fedmoe_jax.training.stream import Stream
@@ -72,6 +72,7 @@ class Setup:
             deadline=config.deadline, chunk_size=chunk, conditions=conditions,
             solo_examples=self.solo_examples, engine=config.engine, control_variates=config.control_variates,
             aggregator=aggregator(config), broadcast=broadcast(config), reject_above=config.reject_above, check=self.check,
+            min_holders=config.min_holders, sampling_rate=config.sampling_rate,
         )  # fmt: skip
 
     def aligner_scores(self, state: State) -> Any:
@@ -252,7 +253,8 @@ def make_fitness(config: TrainConfig) -> Fitness:
 
 def make_aligner(config: TrainConfig, groups: int = 1) -> Aligner:
     """The aligner that a configuration names, for so many groups of experts."""
-    common: dict[str, Any] = dict(fitness=make_fitness(config), load=load.monitor(tolerance=config.tolerance, demand=config.demand))
+    monitor = holders.at_least(load.monitor(tolerance=config.tolerance, demand=config.demand), config.min_holders)
+    common: dict[str, Any] = dict(fitness=make_fitness(config), load=monitor)
     if config.aligner == "full":
         return alignment.full(num_experts=config.experts, groups=groups, **common)
     common |= dict(num_experts=config.experts, max_slots=config.slots)
@@ -274,15 +276,31 @@ def aggregator(config: TrainConfig) -> Aggregator:
         "krum": lambda: aggregation.krum(byzantine=config.bad_share),
         "multi_krum": lambda: aggregation.krum(byzantine=config.bad_share, keep=None),
     }
-    transforms = []
-    if config.clip_norm is not None:
+    noise, transforms = accountant.multiplier(config), []
+    if config.clip_quantile is not None and config.clip_norm is not None:
+        deviation = max(config.cohort / 20, noise or 0.0)
+        transforms.append(aggregation.adaptive_clip(norm=config.clip_norm, quantile=config.clip_quantile, deviation=deviation))
+    elif config.clip_norm is not None:
         transforms.append(aggregation.clip(norm=config.clip_norm))
     if config.compress_share is not None:
         transforms.append(aggregation.sparsify(share=config.compress_share))
     if config.compress_bits is not None:
         transforms.append(aggregation.quantize(bits=config.compress_bits, rotate=config.rotate))
+    if noise is not None:
+        transforms.append(aggregation.gaussian_noise(noise_multiplier=noise, feedback_multiplier=config.feedback_noise))
+    if noise is not None or config.secure_bits is not None:
+        return aggregation.chain(*transforms, _fixed_mean(config))
     rule = rules.get(config.aggregator) or getattr(aggregation, config.aggregator)
     return aggregation.chain(*transforms, rule())
+
+
+def _fixed_mean(config: TrainConfig) -> Aggregator:
+    """A mean over what clients and holders are to be expected."""
+    drawn = config.cohort if config.sampling_rate is None else config.sampling_rate * (num_clients(config) or 0)
+    expected = config.availability * drawn
+    share = 1.0 if config.aligner == "full" else config.slots / config.experts
+    point = None if config.secure_bits is None else aggregation.FixedPoint(config.secure_bits, config.cohort)
+    return aggregation.fixed_mean(clients=expected, holders=share * expected, fixed_point=point)
 
 
 def broadcast(config: TrainConfig) -> aggregation.Transform | None:

@@ -19,7 +19,7 @@ from fedmoe_jax import invariants
 from fedmoe_jax.data.population import Population
 from fedmoe_jax.info import Info
 from fedmoe_jax.round import State, rounds
-from fedmoe_jax.training import metrics
+from fedmoe_jax.training import accountant, metrics
 from fedmoe_jax.training.checkpoint import Checkpoints
 from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, located, to_toml, validate
 from fedmoe_jax.training.evaluate import client_evaluation, global_evaluation
@@ -70,6 +70,7 @@ def train(
       OSError: if something cannot be written; what was written before stays, and the run can be continued.
     """
     validate(config)
+    accountant.of_run(config, config.rounds)
     config, out = located(config), Path(out)
     claim(out, config, resume)
     if resume and (out / "summary.json").exists():
@@ -100,7 +101,7 @@ def _finish(out: Path, run: "Run", log: MetricsLog) -> dict[str, Any]:
     """Writes what a run leaves at its end, summary.json and then the report last."""
     save_weights(out / "weights.npz", run.state)
     records, config = metrics.read(log.path), run.setup.config
-    summary = metrics.summarise(records, config.target, seed=config.seed)
+    summary = metrics.summarise(records, config.target, seed=config.seed) | accountant.account(config, len(records))
     draw_run(records, out / "plots", run.setup.aligner_scores(run.state))
     metrics.write_json(out / "summary.json", summary)
     write_report(out)
