@@ -4,11 +4,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fedmoe_jax import cli, invariants
 from fedmoe_jax.base import NO_EXPERT, Alignment, Cohort, Feedback
-from fedmoe_jax.training import setup, trainer
+from fedmoe_jax.training import divergence, metrics, setup, trainer
 from fedmoe_jax.training.config import TrainConfig, to_toml
 from fedmoe_jax.training.interrupt import StoppedError
 
@@ -78,6 +79,34 @@ def test_a_violation_names_invariant_and_round(tmp_path, capsys, monkeypatch):
     assert cli.main(["train", str(tmp_path / "a.toml"), "--check", "--out", str(tmp_path / "run")]) == 1
     err = capsys.readouterr().err
     assert err == f"fedmoe train: round 0: it does not hold that {invariants.NAMES[3]}\n"
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("stream", [None, 1])
+def test_a_run_that_diverges_goes_back_and_takes_another_way(tmp_path, stream, monkeypatch):
+    config = dataclasses.replace(CONFIG, rounds=6, eval_every=1, checkpoint_every=2, on_divergence="rollback", stream=stream)
+    check, seen = divergence.check_finite, []
+
+    def poison(state):
+        return dataclasses.replace(state, shared=jax.tree.map(lambda leaf: leaf * jnp.nan, state.shared))
+
+    def poisoned(state, infos, results, done, count):
+        seen.append((done, np.asarray(jax.random.key_data(state.key)).tolist()))
+        check(poison(state) if len(seen) == 4 else state, infos, results, done, count)
+
+    monkeypatch.setattr(divergence, "check_finite", poisoned)
+    summary = trainer.train(config, tmp_path / "run")
+    assert [done for done, _ in seen] == [0, 1, 2, 3, 2, 3, 4, 5] and summary["rounds"] == 6
+    assert [record["round"] for record in metrics.read(tmp_path / "run" / "metrics.jsonl")] == list(range(6))
+    assert len({str(key) for _, key in seen[:4]}) == 1 and len({str(key) for _, key in seen[4:]}) == 1 and seen[3][1] != seen[4][1]
+
+
+def test_a_run_that_always_diverges_goes_back_three_times_and_stops(tmp_path, capsys):
+    config = dataclasses.replace(CONFIG, server_lr=1e38, client_lr=1e3, on_divergence="rollback")
+    with pytest.raises(StoppedError, match="round 1: training has diverged"):
+        trainer.train(config, tmp_path / "run")
+    told = capsys.readouterr().out
+    assert [f"back to round 0, with other clients ({number} of 3)" in told for number in (1, 2, 3, 4)] == [True, True, True, False]
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -12,12 +12,13 @@ from fedmoe_jax.experts import Partition
 from fedmoe_jax.training import accountant, metrics
 from fedmoe_jax.training.comparison import compare_table
 from fedmoe_jax.training.config import TrainConfig, UsageError, located, to_toml, validate
+from fedmoe_jax.training.memory import memory_bytes
 from fedmoe_jax.training.metrics import MetricsLog, Record
 from fedmoe_jax.training.plots import draw_comparison
 from fedmoe_jax.training.progress import Progress
 from fedmoe_jax.training.report import write_report
 from fedmoe_jax.training.setup import Setup, build, variant
-from fedmoe_jax.training.trainer import Run, claim, memory_bytes
+from fedmoe_jax.training.trainer import Run, claim
 
 
 def compare(config: TrainConfig, out: str | Path, *, aligners: list[str], seeds: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ ASSIGNMENTS, ENGINES = ("shared", "per_layer"), ("auto", "primal", "dual")
 AGGREGATORS = ("mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adam", "adamw", "fedadam", "lion", "rmsprop", "yogi")
-DIVERGENCES = ("continue", "stop")
+DIVERGENCES = ("continue", "stop", "rollback")
 SCHEDULES = ("constant", "cosine", "linear")
 
 
@@ -183,7 +183,7 @@ class TrainConfig:
     init_from: str | None = None
     """Run folder or weights file to start from."""
     on_divergence: str = "continue"
-    """What to do when no update of a round or the test loss is finite: continue, as updates that are not finite are left out, or stop."""
+    """What to do when no update, not the test loss or not every weight is finite: continue, stop, or rollback to the last checkpoint."""
     target: float | None = None
     """Global test accuracy for rounds and bytes to target, above 0 and at most 1."""
 

@@ -3,8 +3,8 @@
 import math
 
 from fedmoe_jax.training.config import TrainConfig
+from fedmoe_jax.training.memory import memory_bytes
 from fedmoe_jax.training.setup import build
-from fedmoe_jax.training.trainer import memory_bytes
 
 
 def explain(config: TrainConfig) -> str:

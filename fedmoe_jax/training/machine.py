@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedmoe_jax.training.memory import memory_bytes
+
 _WIDTH = 1024
 _REPEATS = 5
 
@@ -16,8 +18,6 @@ def measure() -> dict[str, Any]:
     The links are None: they depend on the server that a client talks to, so state them yourself, in bytes per second. Such
     objects of several machines, one a line, are a file for `fedmoe train --profile FILE`; see `training.profiles`.
     """
-    from fedmoe_jax.training.trainer import memory_bytes
-
     square = jax.random.normal(jax.random.key(0), (_WIDTH, _WIDTH))
     product = jax.jit(jnp.matmul)
     product(square, square).block_until_ready()

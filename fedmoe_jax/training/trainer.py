@@ -2,28 +2,24 @@
 
 import contextlib
 import dataclasses
-import math
 import os
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fedmoe_jax import invariants
 from fedmoe_jax.data.population import Population
 from fedmoe_jax.info import Info
 from fedmoe_jax.round import State, rounds
-from fedmoe_jax.training import accountant, metrics
+from fedmoe_jax.training import accountant, divergence, metrics
 from fedmoe_jax.training.checkpoint import Checkpoints
 from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, located, to_toml, validate
 from fedmoe_jax.training.evaluate import client_evaluation, global_evaluation
-from fedmoe_jax.training.interrupt import Interrupts, StoppedError, alone
+from fedmoe_jax.training.interrupt import Interrupts, alone
+from fedmoe_jax.training.memory import is_out_of_memory, memory_bytes, peak_memory_bytes
 from fedmoe_jax.training.metrics import MetricsLog, Record
 from fedmoe_jax.training.plots import draw_run
 from fedmoe_jax.training.progress import Progress
@@ -34,7 +30,7 @@ from fedmoe_jax.training.weights import save_weights
 _MAY_CHANGE = ("chunk",)  # fields that --resume may give otherwise: results change by rounding only
 
 Callback = Callable[[State, Record], Any]
-"""callback(state, record), called after each round's record is written.
+"""callback(state, record), called after each round's record is written, again where a run goes back.
 
 `state` is that at the end of the block of rounds between evaluations, and the next block takes its buffers: copy what is to stay.
 """
@@ -66,7 +62,7 @@ def train(
       UsageError: if `out` cannot be used, or the data are not those that the run began with.
       ValueError: naming the field that cannot be, or the checkpoint.
       Interrupted: after SIGTERM or SIGINT, when the block of rounds in flight has ended and its checkpoint is written.
-      StoppedError: if an invariant does not hold, or training has diverged and is to stop then.
+      interrupt.StoppedError: if an invariant does not hold, or training has diverged and is to stop then.
       OSError: if something cannot be written; what was written before stays, and the run can be continued.
     """
     validate(config)
@@ -89,7 +85,7 @@ def train(
                 run.restore(checkpoints, most=log.whole())
                 log.truncate(run.done)
             with interrupts.deferred():
-                for (record,) in run.blocks(checkpoints, trace, stop=interrupts.pending):
+                for (record,) in run.blocks(checkpoints, trace, stop=interrupts.pending, returned=log.truncate):
                     log.append(record)
                     progress.update(record)
                     if callback is not None:
@@ -153,7 +149,7 @@ class Run:
         """Goes back to round 0, with the weights and seeds of `setups`; what was compiled stays."""
         states = [setup.algorithm(self.chunk).init(jax.random.key(setup.config.seed), setup.population) for setup in setups]
         self.state = states[0] if self.width == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        self.done = 0
+        self.done = self._returns = 0
 
     def _compile(self) -> None:
         self.algorithm = self.setup.algorithm(self.chunk)
@@ -185,13 +181,20 @@ class Run:
     def _save(self, checkpoints: Checkpoints) -> None:
         extra = {"chunk": self.chunk, "asked": self.setup.config.chunk, "digests": self.setup.digests}
         checkpoints.save(self.done, self.state, extra)
+        self._returns = 0
 
     def blocks(
-        self, checkpoints: Checkpoints | None = None, trace: str | None = None, *, stop: Callable[[], bool] = lambda: False
+        self,
+        checkpoints: Checkpoints | None = None,
+        trace: str | None = None,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+        returned: Callable[[int], Any] = lambda done: None,
     ) -> Iterator[tuple[Record, ...]]:
         """Runs to the end, yielding each round's record of every run; evaluates and saves at the blocks' ends.
 
-        With `stop()` true it saves and ends after the block in flight; before the first block there is nothing to save.
+        With `stop()` true it saves and ends after the block in flight; before the first block there is nothing to save. returned(done) is
+        called when the run has gone back to round `done`, from which it yields again.
         """
         config, number, windows = self.setup.config, 0, self._windows()
         if stop():
@@ -211,28 +214,45 @@ class Run:
             for row in range(last - self.done):
                 given = results if self.done + row + 1 == last else [{}] * self.width
                 yield tuple(self._record(self.done + row, infos, (row, run), seconds, given[run]) for run in range(self.width))
-            self._stop_if_wrong(infos, results, last - self.done)
-            self.done, number = last, number + 1
+            number += 1
+            if not self._looked_at(infos, results, last, checkpoints):
+                returned(self.done)
+                windows.close()
+                windows = self._windows()
+                continue
+            self.done = last
             stopped = stop()
             if checkpoints is not None and (stopped or last % config.checkpoint_every == 0 or last == config.rounds):
                 self._save(checkpoints)
             if stopped:
                 return
 
-    def _stop_if_wrong(self, infos: Info, results: list[dict[str, Any]], count: int) -> None:
-        """Looks at a block of rounds before its checkpoint is written."""
-        if infos.invariants is not None:
-            holds = infos.invariants.reshape(self.width, -1, len(invariants.NAMES))[:, :count].all(axis=0)
-            for row, name in zip(*np.nonzero(~holds), strict=True):
-                raise StoppedError(f"round {self.done + row}: it does not hold that {invariants.NAMES[name]}")
-        if self.setup.config.on_divergence == "stop":
-            none_left = np.asarray((infos.rejected_updates > 0) & (infos.clients == infos.rejected_updates))
-            refused = none_left.reshape(self.width, -1)[:, count - 1]
-            if refused.any() or any(not math.isfinite(given.get("eval_loss", 0.0)) for given in results):
-                what = "training has diverged: no update, or not the test loss, is finite; lower client_lr or server_lr"
-                raise StoppedError(f"round {self.done + count - 1}: {what}")
+    def _looked_at(self, infos: Info, results: list[dict[str, Any]], last: int, checkpoints: Checkpoints | None) -> bool:
+        """Whether the run goes on after a block of rounds; it goes back instead where it has diverged and is to."""
+        policy, count = self.setup.config.on_divergence, last - self.done
+        divergence.check_invariants(infos, self.done, count, self.width)
+        if policy == "continue":
+            return True
+        try:
+            divergence.check_finite(self.state, infos, results, self.done, count)
+        except divergence.DivergedError as error:
+            if policy == "stop" or checkpoints is None or self._returns == divergence.MOST_RETURNS:
+                raise
+            self._go_back(checkpoints)
+            self.note(f"{error}; back to round {self.done}, with other clients ({self._returns} of {divergence.MOST_RETURNS})")
+            return False
+        return True
 
-    def _windows(self) -> Iterator[tuple[int, Population]]:
+    def _go_back(self, checkpoints: Checkpoints) -> None:
+        """To the newest checkpoint, or to the beginning, with another key."""
+        returns = self._returns + 1
+        self.start(self.setup)
+        if checkpoints.latest() is not None:
+            self.done, self.state, _ = checkpoints.restore(self.state, note=self.note)
+        self._returns = returns
+        self.state = dataclasses.replace(self.state, key=jax.random.fold_in(self.state.key, returns))
+
+    def _windows(self) -> Generator[tuple[int, Population]]:
         """Where each block of rounds ends, and the population that it needs."""
         config, stream = self.setup.config, self.setup.stream
         if stream is None:
@@ -285,21 +305,3 @@ def _not_the_users_mistake(what: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise RuntimeError(f"{what} failed: {error}") from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a JAX error says that the device's memory did not suffice."""
-    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
-
-
-def memory_bytes() -> float:
-    """Total memory of the first device; for a CPU that of the machine."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return float(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def peak_memory_bytes() -> int:
-    """The most memory taken so far: of the first device, or of this process where the device is the CPU."""
-    used = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(used or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
