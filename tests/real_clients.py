@@ -39,7 +39,8 @@ def write(folder, made):
 
 def config(folder, **changes):
     small = dict(population=5, cohort=5, experts=8, slots=2, rounds=3, batch_size=4, eval_every=3, aligner="greedy")
-    return TrainConfig(data=str(folder / "server.npz"), model_options={"hidden": 8, "expert_hidden": 6}, **(small | changes))
+    small["model_options"] = {"hidden": 8, "expert_hidden": 6}
+    return TrainConfig(data=str(folder / "server.npz"), **(small | changes))
 
 
 def clients(folder, count=4, **options):
