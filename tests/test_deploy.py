@@ -349,7 +349,7 @@ def test_the_loop_greets_waits_and_does_without_those_that_do_not_answer(run, se
         seconds[0] += 10 * pause
 
     link = FakeLink({f"node-{number}": client for number, client in enumerate(members)}, script)
-    loop.serve(server, link, least=3, patience=100, clock=lambda: seconds[0], sleep=sleep)
+    loop.serve(server, link, least=3, patience=100.0, clock=lambda: seconds[0], sleep=sleep)
     told = notes[known:]
     assert server.done == 6 and [record["round"] for record in metrics.read(server.log.path)] == [0, 1, 2, 3, 4, 5]
     assert any("node-3 is refused: it broke" in line for line in told)
