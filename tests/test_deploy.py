@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import sys
 import threading
 from multiprocessing import connection
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import real_clients as real
 
+from fedmoe_jax import cli
 from fedmoe_jax.deploy import layout as layouts
 from fedmoe_jax.deploy import loop, messages, superlink, terms, worker
 from fedmoe_jax.deploy.client import Client
@@ -18,6 +20,8 @@ from fedmoe_jax.deploy.loop import Reply
 from fedmoe_jax.deploy.messages import RefusedError
 from fedmoe_jax.deploy.server import Server
 from fedmoe_jax.training import metrics
+from fedmoe_jax.training.evaluate import evaluate_run
+from fedmoe_jax.training.export import export_run, load
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
@@ -75,12 +79,16 @@ def server(run):
 
 
 def test_three_rounds_are_those_of_the_simulation_and_leave_a_run(run):
-    folder, _, _, server, notes = run
+    folder, made, _, server, notes = run
     assert [line for line in notes if "refused" in line] == []
     summary = server.finish()
     records = metrics.read(folder / "run" / "metrics.jsonl")
     assert [record["round"] for record in records] == [0, 1, 2] and summary["last"]["eval_accuracy"] is not None
     assert (folder / "run" / "weights.npz").exists()
+    told = evaluate_run(folder / "run", server.config, server.config.data)
+    assert told["eval_accuracy"] == summary["last"]["eval_accuracy"] and "client_accuracy_mean" not in told
+    held = export_run(folder / "run", server.config, folder / "export", client=1)["held"]
+    assert len(set(held)) == 2 and load(folder / "export").logits(made[0][:5]).shape == (5, real.CLASSES)
 
 
 def test_a_server_that_died_goes_on_where_its_last_round_ended(run, server):
@@ -280,10 +288,11 @@ def test_configurations_that_cannot_be_deployed_are_told(tmp_path):
         {"router": "personal", "aligner": "balanced", "probes": 0, "top_k": 2},
         {"aggregator": "median", "clip_norm": 0.5, "reject_above": 5.0, "server_optimizer": "momentum", "local_steps": 3},
         {"fitness": "loss", "prox": 0.1, "client_optimizer": "adam", "shared_experts": 1, "cohort": 3},
+        {"model": "transformer", "assignment": "per_layer", "model_options": {"features": 16, "heads": 2, "expert_hidden": 8}},
     ],
 )
 def test_other_rounds_are_those_of_the_simulation(tmp_path, changes):
-    made = real.data()
+    made = real.text() if changes.get("model") == "transformer" else real.data()
     real.write(tmp_path, made)
     of, members = real.config(tmp_path, **changes), real.clients(tmp_path)
     states, _, _ = real.simulated(made, of)
@@ -400,3 +409,34 @@ def test_other_machines_reach_the_fleet_only(path, peer, passes):
     scope = {"type": "http", "path": path, "client": peer and (peer, 1)}
     asyncio.run(superlink.Guard(app)(scope, None, send))
     assert bool(passed) == passes and (passes or sent[0]["status"] == 403)
+
+
+def test_mistakes_on_the_command_line_are_told_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def told(*words, status=2):
+        assert cli.main([*words]) == status
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1
+        return line
+
+    assert "--out is missing" in told("serve")
+    assert "patience: expected a number" in told("serve", "--patience", "x", "--out", "run")
+    assert "data: nowhere/data.npz holds no examples" in told("join", "--data", "nowhere/data.npz")
+    monkeypatch.setitem(sys.modules, "flwr", None)
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "data.npz", x=np.zeros((2, 3), np.float32), y=np.arange(2))
+    assert "pip install 'fedmoe-jax[flower]'" in told("join")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("flwr", reason="flwr is not installed")
+    assert "ca: ca.crt is no file" in told("join")
+    assert "certificates: certificates has no ca.crt" in told("serve", "--out", "run")
+    (tmp_path / "certificates").mkdir()
+    for name in ("ca.crt", "server.crt", "server.key"):
+        (tmp_path / "certificates" / name).touch()
+    assert "keys: keys has no public keys" in told("serve", "--out", "run")
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "a.pub").write_text("nonsense")
+    assert "keys/a.pub is no public key" in told("serve", "--out", "run")
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """`fedmoe serve` and `fedmoe join`: Flower's processes around the server's loop and the client's process."""
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -111,6 +112,7 @@ def join(client: Client, *, server: str, ca: Path, key: Path, attempts: int = 5,
       Interrupted: after SIGTERM or SIGINT.
       StoppedError: if the server refuses it.
     """
+    importlib.import_module("flwr")
     for name, path in (("ca", ca), ("key", key)):
         if not path.is_file():
             raise UsageError(f"{name}: {path} is no file")
