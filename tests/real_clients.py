@@ -28,10 +28,18 @@ def data(seed=0, sizes=SIZES):
     return x[:-40], y[:-40], owned, x[-40:], y[-40:]
 
 
+def text(seed=0, length=6):
+    """As `data`, of texts of CLASSES letters and their next ones."""
+    x, _, owned, test_x, _ = data(seed)
+    letters = np.random.default_rng(seed).integers(0, CLASSES, (len(x) + len(test_x), length + 1))
+    x, y = letters[:, :-1].astype(np.int32), letters[:, 1:].astype(np.int32)
+    return x[: len(x) - 40], y[: len(y) - 40], owned, x[-40:], y[-40:]
+
+
 def write(folder, made):
     """server.npz, and client-N/data.npz for each client."""
     x, y, owned, test_x, test_y = made
-    np.savez(folder / "server.npz", x=test_x[:CLASSES], y=np.arange(CLASSES), test_x=test_x, test_y=test_y)
+    np.savez(folder / "server.npz", x=made[0][:8], y=made[1][:8], test_x=test_x, test_y=test_y)
     for number, rows in enumerate(owned):
         (folder / f"client-{number}").mkdir()
         np.savez(folder / f"client-{number}" / "data.npz", x=x[rows], y=y[rows])
@@ -39,7 +47,8 @@ def write(folder, made):
 
 def config(folder, **changes):
     small = dict(population=5, cohort=5, experts=8, slots=2, rounds=3, batch_size=4, eval_every=3, aligner="greedy")
-    return TrainConfig(data=str(folder / "server.npz"), model_options={"hidden": 8, "expert_hidden": 6}, **(small | changes))
+    small["model_options"] = {"hidden": 8, "expert_hidden": 6}
+    return TrainConfig(data=str(folder / "server.npz"), **(small | changes))
 
 
 def clients(folder, count=4, **options):

@@ -1,19 +1,27 @@
 """Rounds of real clients, all in one process: those of the simulation, and what becomes of clients that vanish, lie or come late."""
 
+import asyncio
 import dataclasses
 import json
+import sys
+import threading
+from multiprocessing import connection
 
 import jax
 import numpy as np
 import pytest
 import real_clients as real
 
+from fedmoe_jax import cli
 from fedmoe_jax.deploy import layout as layouts
-from fedmoe_jax.deploy import messages, terms
+from fedmoe_jax.deploy import loop, messages, superlink, terms, worker
 from fedmoe_jax.deploy.client import Client
+from fedmoe_jax.deploy.loop import Reply
 from fedmoe_jax.deploy.messages import RefusedError
 from fedmoe_jax.deploy.server import Server
 from fedmoe_jax.training import metrics
+from fedmoe_jax.training.evaluate import evaluate_run
+from fedmoe_jax.training.export import export_run, load
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
@@ -62,20 +70,25 @@ def run(tmp_path_factory):
 def server(run):
     """The server as it is after three rounds, whatever other tests did to it."""
     *_, server, _ = run
-    before = server.state, dict(server.roster.clients)
+    before, config = (server.state, dict(server.roster.clients)), server.config
     yield server
+    server.config = config
     server.state, server.roster.clients, server._open = *before, None
     server.checkpoints.save(3, server.state, {"run": server.roster.run})
     server.log.truncate(3)
 
 
 def test_three_rounds_are_those_of_the_simulation_and_leave_a_run(run):
-    folder, _, _, server, notes = run
+    folder, made, _, server, notes = run
     assert [line for line in notes if "refused" in line] == []
     summary = server.finish()
     records = metrics.read(folder / "run" / "metrics.jsonl")
     assert [record["round"] for record in records] == [0, 1, 2] and summary["last"]["eval_accuracy"] is not None
     assert (folder / "run" / "weights.npz").exists()
+    told = evaluate_run(folder / "run", server.config, server.config.data)
+    assert told["eval_accuracy"] == summary["last"]["eval_accuracy"] and "client_accuracy_mean" not in told
+    held = export_run(folder / "run", server.config, folder / "export", client=1)["held"]
+    assert len(set(held)) == 2 and load(folder / "export").logits(made[0][:5]).shape == (5, real.CLASSES)
 
 
 def test_a_server_that_died_goes_on_where_its_last_round_ended(run, server):
@@ -275,10 +288,11 @@ def test_configurations_that_cannot_be_deployed_are_told(tmp_path):
         {"router": "personal", "aligner": "balanced", "probes": 0, "top_k": 2},
         {"aggregator": "median", "clip_norm": 0.5, "reject_above": 5.0, "server_optimizer": "momentum", "local_steps": 3},
         {"fitness": "loss", "prox": 0.1, "client_optimizer": "adam", "shared_experts": 1, "cohort": 3},
+        {"model": "transformer", "assignment": "per_layer", "model_options": {"features": 16, "heads": 2, "expert_hidden": 8}},
     ],
 )
 def test_other_rounds_are_those_of_the_simulation(tmp_path, changes):
-    made = real.data()
+    made = real.text() if changes.get("model") == "transformer" else real.data()
     real.write(tmp_path, made)
     of, members = real.config(tmp_path, **changes), real.clients(tmp_path)
     states, _, _ = real.simulated(made, of)
@@ -300,3 +314,129 @@ def test_other_rounds_are_those_of_the_simulation(tmp_path, changes):
             expected = dataclasses.replace(expected, personal=None)
             expected.experts["moe"]["router"] = initial
         assert_close(server.state, expected)
+
+
+class FakeLink:
+    """Clients at hand, who answer a step after they are asked; `script(step, link)` changes who is connected."""
+
+    def __init__(self, members, script):
+        self.members, self.script, self.step = members, script, 0
+        self.connected, self.mute, self.asked, self.void = set(members), set(), [], []
+
+    def nodes(self):
+        self.script(self.step, self)
+        self.step += 1
+        return sorted(self.connected)
+
+    def push(self, kind, messages, seconds):
+        self.asked += [(kind, node, data) for node, data in messages.items() if node not in self.mute]
+
+    def poll(self):
+        asked, self.asked = self.asked, []
+        answers = {"hello": lambda member, data: member.hello(), "task": lambda member, data: member.train(data)}
+        replies = [Reply(node, kind, answers[kind](self.members[node], data)) for kind, node, data in asked if node in self.connected]
+        failed, self.void = [Reply(node, "task", None, "it broke") for node in self.void], []
+        return [reply for reply in replies if reply.node not in {bad.node for bad in failed}] + failed
+
+
+def test_the_loop_greets_waits_and_does_without_those_that_do_not_answer(run, server):
+    _, _, members, _, notes = run
+    before, seconds, seen = server.state, [0.0], []
+    server.config, known = dataclasses.replace(server.config, rounds=6), len(notes)
+
+    def script(step, link):
+        seen.append((step, server.done, len(link.connected)))
+        if step == 0:
+            link.connected = {"node-0", "node-1"}  # too few to begin
+        elif step == 4:
+            assert server.done == 3 and server._open is None
+            link.connected, link.void = set(link.members), ["node-3"]  # round 3: node-3 fails
+        elif server.done == 4 and not link.mute:
+            link.mute = {"node-2"}  # does not answer in round 4 or 5
+
+    def sleep(pause):
+        seconds[0] += 10 * pause
+
+    link = FakeLink({f"node-{number}": client for number, client in enumerate(members)}, script)
+    loop.serve(server, link, least=3, patience=100.0, clock=lambda: seconds[0], sleep=sleep)
+    told = notes[known:]
+    assert server.done == 6 and [record["round"] for record in metrics.read(server.log.path)] == [0, 1, 2, 3, 4, 5]
+    assert any("node-3 is refused: it broke" in line for line in told)
+    assert sum("nothing came from clients [2]" in line for line in told) == 2 and 200 <= seconds[0] < 400
+    assert not np.array_equal(layouts.host(server.state.shared)["into.kernel"], layouts.host(before.shared)["into.kernel"])
+
+
+def test_the_clients_process_answers_on_a_socket_and_survives_its_errors(run, server, tmp_path):
+    _, _, members, *_ = run
+    with worker.listener(tmp_path / "private") as socket:
+        assert (tmp_path / "private").stat().st_mode & 0o777 == 0o700
+        threading.Thread(target=worker.work, args=(members[0], socket), daemon=True).start()
+
+        def ask(request):
+            with connection.Client(str(tmp_path / "private" / "socket"), "AF_UNIX") as asked:
+                asked.send_bytes(request)
+                return asked.recv_bytes()
+
+        assert ask(b"h") == b"+" + members[0].hello()
+        assert ask(b"tnonsense") == b"-it is no message"
+        assert ask(b"x").startswith(b"-KeyError")
+        answer = ask(b"t" + server.open(NODES)["node-0"])
+        assert server.accept("node-0", answer[1:])
+
+
+@pytest.mark.parametrize(
+    ("path", "peer", "passes"),
+    [
+        ("/v1/fleet/pull-messages", "10.0.0.9", True),
+        ("/v1/control/start-run", "10.0.0.9", False),
+        ("/v1/control/start-run", "::ffff:10.0.0.9", False),
+        ("/v1/fleet/../control/start-run", "10.0.0.9", False),
+        ("/v1/runtime/acquire-task", "10.0.0.9", False),
+        ("/v1/control/start-run", "127.0.0.1", True),
+        ("/v1/control/start-run", "::1", True),
+        ("/v1/control/start-run", None, False),
+    ],
+)
+def test_other_machines_reach_the_fleet_only(path, peer, passes):
+    sent, passed = [], []
+
+    async def app(scope, receive, send):
+        passed.append(scope["path"])
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "path": path, "client": peer and (peer, 1)}
+    asyncio.run(superlink.Guard(app)(scope, None, send))
+    assert bool(passed) == passes and (passes or sent[0]["status"] == 403)
+
+
+def test_mistakes_on_the_command_line_are_told_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def told(*words, status=2):
+        assert cli.main([*words]) == status
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1
+        return line
+
+    assert "--out is missing" in told("serve")
+    assert "patience: expected a number" in told("serve", "--patience", "x", "--out", "run")
+    assert "data: nowhere/data.npz holds no examples" in told("join", "--data", "nowhere/data.npz")
+    monkeypatch.setitem(sys.modules, "flwr", None)
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "data.npz", x=np.zeros((2, 3), np.float32), y=np.arange(2))
+    assert "pip install 'fedmoe-jax[flower]'" in told("join")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("flwr", reason="flwr is not installed")
+    assert "ca: ca.crt is no file" in told("join")
+    assert "certificates: certificates has no ca.crt" in told("serve", "--out", "run")
+    (tmp_path / "certificates").mkdir()
+    for name in ("ca.crt", "server.crt", "server.key"):
+        (tmp_path / "certificates" / name).touch()
+    assert "keys: keys has no public keys" in told("serve", "--out", "run")
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "a.pub").write_text("nonsense")
+    assert "keys/a.pub is no public key" in told("serve", "--out", "run")
+    assert not (tmp_path / "run").exists()

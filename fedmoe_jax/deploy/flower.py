@@ -113,7 +113,7 @@ def node_name(public_key: bytes) -> str:
     return hashlib.sha256(public_key).hexdigest()[:16]
 
 
-def _alone(folder: Path, seconds: float = 30.0) -> contextlib.AbstractContextManager[None]:
+def _alone(folder: Path, seconds: float = 30.0) -> contextlib.ExitStack:
     """`interrupt.alone`, once the server of an earlier SuperLink, which ends with it, is gone."""
     from fedmoe_jax.training.config import UsageError
     from fedmoe_jax.training.interrupt import alone

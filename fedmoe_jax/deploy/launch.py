@@ -1,6 +1,7 @@
 """`fedmoe serve` and `fedmoe join`: Flower's processes around the server's loop and the client's process."""
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ serverapp = "fedmoe_jax.deploy.flower:server_app"
 clientapp = "fedmoe_jax.deploy.flower:client_app"
 """
 _START_SECONDS = 60.0
+_SHORT_SECONDS, _PAUSE_SECONDS = 30.0, 3.0  # a SuperNode that was up for less was refused
 
 
 def serve(
@@ -95,35 +97,43 @@ def serve(
             say(line.rstrip("\n"))
 
 
-def join(client: Client, *, server: str, ca: Path, key: Path, say: Any = print) -> None:
-    """Takes part in a run until interrupted, waiting for the server when it is away, or until the server refuses.
+def join(client: Client, *, server: str, ca: Path, key: Path, attempts: int = 5, say: Any = print) -> None:
+    """Takes part in a run until interrupted, waiting for the server when it is away.
 
     Args:
       client: with its data and folder.
       server: HOST:PORT of the SuperLink.
       ca: certificate of the authority that signed the server's.
       key: this client's private key, whose public one the server knows.
+      attempts: how often in a row the server may refuse it, as it does while it is about to start.
 
     Raises:
       UsageError: if a file is missing.
-      StoppedError: if the SuperNode has ended.
+      Interrupted: after SIGTERM or SIGINT.
+      StoppedError: if the server refuses it.
     """
+    importlib.import_module("flwr")
     for name, path in (("ca", ca), ("key", key)):
         if not path.is_file():
             raise UsageError(f"{name}: {path} is no file")
     home = client.shelf.folder.absolute() / "flower"
     home.mkdir(exist_ok=True)
-    private = Path(tempfile.mkdtemp(prefix="fedmoe-"))  # names of sockets must be short
+    log, private = home / "supernode.log", Path(tempfile.mkdtemp(prefix="fedmoe-"))  # names of sockets must be short
+    command = ["flower-supernode", "--superlink", server, "--root-certificates", str(ca.absolute())]
+    command += ["--auth-supernode-private-key", str(key.absolute()), "--node-config", f'socket="{private / "socket"}"']
     try:
-        with listener(private) as waiting:
-            command = ["flower-supernode", "--superlink", server, "--root-certificates", str(ca.absolute())]
-            command += ["--auth-supernode-private-key", str(key.absolute()), "--port", str(_free_port())]
-            command += ["--node-config", f'socket="{private / "socket"}"']
-            with Interrupts(), _process(command, _environment(home), home / "supernode.log") as supernode:
-                threading.Thread(target=work, args=(client, waiting, lambda: supernode.poll() is None), daemon=True).start()
-                say(f"joining {server}; {home / 'supernode.log'} tells more")
-                supernode.wait()
-            raise StoppedError(f"the SuperNode has ended with status {supernode.returncode}: {_last_line(home / 'supernode.log')}")
+        with Interrupts(), listener(private) as waiting:
+            threading.Thread(target=work, args=(client, waiting), daemon=True).start()
+            say(f"joining {server}; {log} tells more")
+            failed = 0
+            while failed < attempts:
+                start = time.monotonic()
+                with _process([*command, "--port", str(_free_port())], _environment(home), log) as supernode:
+                    supernode.wait()
+                failed = failed + 1 if time.monotonic() - start < _SHORT_SECONDS else 0
+                time.sleep(_PAUSE_SECONDS)
+            reason = next((line for line in _lines(log) if line.startswith("[code:")), "no reason is given")
+            raise StoppedError(f"the server at {server} refuses this client, or is none: {reason} ({log})")
     finally:
         shutil.rmtree(private, ignore_errors=True)
 
@@ -187,7 +197,7 @@ def _wait_for(host: str, port: int, process: subprocess.Popen, log: Path) -> Non
         with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
             return
         time.sleep(0.2)
-    raise StoppedError(f"the SuperLink does not listen on port {port}: {_last_line(log)}")
+    raise StoppedError(f"the SuperLink does not listen on port {port}: {next(iter(_lines(log)), '')[:300]}")
 
 
 def _free_port() -> int:
@@ -196,6 +206,6 @@ def _free_port() -> int:
         return any_port.getsockname()[1]
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), f"{log} is empty")[:300]
+def _lines(log: Path) -> list[str]:
+    """What a log says, the last line first."""
+    return [line.strip() for line in reversed(log.read_text(errors="replace").split("\n")) if line.strip()]

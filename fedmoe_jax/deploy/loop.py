@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from fedmoe_jax.deploy.server import Server
 
@@ -19,6 +19,7 @@ class Reply(NamedTuple):
     reason: str = ""
 
 
+@runtime_checkable
 class Link(Protocol):
     """What carries messages. Nodes are named by what authenticates them, so that they have the same names for good."""
 

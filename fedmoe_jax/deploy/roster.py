@@ -75,7 +75,7 @@ class Roster:
         self.save()
         return number
 
-    def population(self, input_shape: tuple[int, ...], label_shape: tuple[int, ...], *, known: bool = False) -> Population:
+    def population(self, input_shape: tuple[int, ...], label_shape: tuple[int, ...], dtype: Any, *, known: bool = False) -> Population:
         """The clients without their examples, as the stages of a round read them; only those that are `known`, or all places."""
         sizes = np.zeros(self.places, np.int64)
         profile = np.array([[getattr(PLAIN, name) for name in PROFILE]] * self.places, np.float32)
@@ -83,5 +83,5 @@ class Roster:
             sizes[client["number"]], profile[client["number"]] = client["examples"], client["profile"]
         rows = np.flatnonzero(sizes) if known else np.arange(self.places)
         offsets = jnp.asarray(np.concatenate([[0], np.cumsum(sizes[rows])]), jnp.int32)
-        x, y = jnp.zeros((1, *input_shape)), jnp.zeros((1, *label_shape), jnp.int32)
+        x, y = jnp.zeros((1, *input_shape), dtype), jnp.zeros((1, *label_shape), jnp.int32)
         return Population(x, y, jnp.zeros(1, jnp.int32), offsets, ClientProfile(*jnp.asarray(profile[rows].T)), largest=1)

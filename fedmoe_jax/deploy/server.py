@@ -100,12 +100,9 @@ class Server:
         self.setup = setup = self._setup()
         algorithm = setup.algorithm(self.config.cohort)
         assert algorithm.parts is not None
-        state = algorithm.init(jax.random.key(self.config.seed), setup.population)
-        if self._run.router == "personal":  # clients keep them
-            state = dataclasses.replace(state, personal=None)
-        self.state: State = state
+        self.state = first(setup)
         if self.checkpoints.latest() is not None:
-            _, self.state, _ = self.checkpoints.restore(state, most=self.log.whole(), note=self.note)
+            _, self.state, _ = self.checkpoints.restore(self.state, most=self.log.whole(), note=self.note)
         self.started = True
         self.log.truncate(self.done)
         self.terms = Terms(self.roster.run, self._run, self._shapes()["input_shape"], setup.num_classes, setup.solo_examples)
@@ -219,14 +216,38 @@ class Server:
             raise RefusedError("it tells of losses below 0")
 
     def _shapes(self):
-        return {"input_shape": tuple(self._data.x.shape[1:]), "label_shape": tuple(self._data.y.shape[1:])}
+        return shapes(self._data)
 
-    def _population(self, **options):
-        return self.roster.population(**self._shapes(), **options)
+    def _population(self):
+        return self.roster.population(**self._shapes(), dtype=self._data.x.dtype)
 
     def _setup(self, known=False) -> Setup:
-        test = jnp.asarray(self._data.test_x), jnp.asarray(self._data.test_y)
-        population, classes = self._population(known=known), self._data.num_classes
-        labels = dict(num_classes=classes, label_prior=jnp.zeros((0, classes)))
-        made = assemble(self._run, population, population, test, labels)
-        return made if known else dataclasses.replace(made, solo=self.roster.solo)
+        return made(self._run, self.roster, self._data, known=known)
+
+
+def shapes(data: sources.Dataset) -> dict[str, tuple[int, ...]]:
+    """Those of an example and of its label."""
+    return {"input_shape": tuple(data.x.shape[1:]), "label_shape": tuple(data.y.shape[1:])}
+
+
+def made(config: TrainConfig, roster: Roster, data: sources.Dataset, *, known: bool = False) -> Setup:
+    """What a run with real clients is made of; of those that are `known` alone, or as settled when it began."""
+    population, classes = roster.population(**shapes(data), dtype=data.x.dtype, known=known), data.num_classes
+    labels = dict(num_classes=classes, label_prior=jnp.zeros((0, classes)))
+    setup = assemble(config, population, population, (jnp.asarray(data.test_x), jnp.asarray(data.test_y)), labels)
+    return setup if known else dataclasses.replace(setup, solo=roster.solo)
+
+
+def first(setup: Setup) -> State:
+    """The state before the first round. Router rows that are personal are with the clients."""
+    state = setup.algorithm(setup.config.cohort).init(jax.random.key(setup.config.seed), setup.population)
+    return dataclasses.replace(state, personal=None)
+
+
+def restored(folder: Path, config: TrainConfig) -> tuple[int, Setup, State]:
+    """As `evaluate.restored`, of a run with real clients."""
+    assert config.population is not None
+    setup = made(deployable(config), Roster.at(folder / "roster.json", config.population), sources.load(config.data))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        done, state, _ = checkpoints.restore(first(setup))
+    return done, setup, state

@@ -19,7 +19,7 @@ class Guard:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan" or scope["path"].startswith(OPEN) or _is_here(scope.get("client")):
+        if scope["type"] == "lifespan" or (scope["path"].startswith(OPEN) and "/.." not in scope["path"]) or _is_here(scope.get("client")):
             await self.app(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})

@@ -1,7 +1,6 @@
 """The client's own process: it keeps what is compiled, and answers the client app of each message on a socket of this machine."""
 
 import os
-from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 
@@ -28,9 +27,9 @@ def answer(client: Client, request: bytes) -> bytes:
         return b"-" + f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".encode()
 
 
-def work(client: Client, socket: connection.Listener, alive: Callable[[], bool]) -> None:
-    """Answers one request after the other while `alive()`; closing the socket ends it, too."""
-    while alive():
+def work(client: Client, socket: connection.Listener) -> None:
+    """Answers one request after the other, until the socket is closed."""
+    while True:
         try:
             with socket.accept() as asked:
                 asked.send_bytes(answer(client, asked.recv_bytes()))

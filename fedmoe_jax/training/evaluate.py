@@ -147,6 +147,10 @@ def restored(folder: Path, config: TrainConfig) -> tuple[int, Setup, State]:
     Raises:
       ValueError: if there is none, or it is not of this configuration.
     """
+    if (folder / "roster.json").exists():
+        from fedmoe_jax.deploy import server
+
+        return server.restored(folder, config)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         setup = build(config)
         template = setup.algorithm(1).init(jax.random.key(config.seed), setup.population)

@@ -91,6 +91,8 @@ def _personal(setup: Setup, state: State, client: int) -> tuple[dict[str, jax.Ar
     """What `evaluate.client_evaluation` uses for this client; where it measures a sample, the client takes the place of its last."""
     if not 0 <= client < setup.population.num_clients:
         raise UsageError(f"client: must be from 0 to {setup.population.num_clients - 1}, got {client}")
+    if setup.config.router == "personal" and state.personal is None:
+        raise UsageError("client: the router rows of a real client are with it alone")
     everyone = evaluated(setup.population.num_clients)
     if client not in np.asarray(everyone):
         everyone = everyone.at[-1].set(client)
