@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from fedmoe_jax import cli
 from fedmoe_jax.training import metrics
@@ -32,10 +33,21 @@ def test_functional_api_runs_and_learns_also_from_a_file(tmp_path, monkeypatch):
     assert names["info"].bytes_up < 0.1 * plain.bytes_up[0] and names["info"].bytes_down < 0.3 * plain.bytes_down[0]
     exec(compile(block("guarded = "), "README", "exec"), names)
     assert names["guarded"].plan(names["population"])[0].reason == "the aggregator needs deltas of each client"
+    exec(compile(block("private = "), "README", "exec"), names)
+    assert names["private"].plan(names["population"])[0].reason == "the aggregator needs deltas of each client"
+    exec(compile(block("secure.secure_sum"), "README", "exec"), names)
+    expected = names["values"][names["survived"]].sum(0)
+    np.testing.assert_allclose(names["point"].decode(names["total"]), expected, atol=1e-4)
     client = dict.fromkeys(("flops_per_second", "memory_bytes", "downlink_bytes_per_second", "uplink_bytes_per_second"), 1e9)
     (tmp_path / "clients.jsonl").write_text(json.dumps(client))
     exec(compile(block("profiles.read"), "README", "exec"), names)
     assert (names["population"].profile.memory_bytes == 1e9).all() and names["population"].num_clients == 50
+
+
+def test_accounts_of_privacy_are_those_that_it_tells(capsys):
+    pytest.importorskip("dp_accounting", reason="accounts need the extra privacy")
+    exec(compile(block("accountant.epsilon"), "README", "exec"), {})
+    assert [f"{float(word):.3g}" for word in capsys.readouterr().out.split()] == ["223", "10.4"]
 
 
 def test_own_model_is_accepted():
