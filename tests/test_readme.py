@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from fedmoe_jax import cli
 from fedmoe_jax.training import metrics
@@ -37,6 +38,11 @@ def test_functional_api_runs_and_learns_also_from_a_file(tmp_path, monkeypatch):
     exec(compile(block("guarded = "), "README", "exec"), names)
     assert names["guarded"].plan(names["population"])[0].reason == "the aggregator needs deltas of each client"
     served(tmp_path / "client-3", names)
+    exec(compile(block("private = "), "README", "exec"), names)
+    assert names["private"].plan(names["population"])[0].reason == "the aggregator needs deltas of each client"
+    exec(compile(block("secure.secure_sum"), "README", "exec"), names)
+    expected = names["values"][names["survived"]].sum(0)
+    np.testing.assert_allclose(names["point"].decode(names["total"]), expected, atol=1e-4)
     client = dict.fromkeys(("flops_per_second", "memory_bytes", "downlink_bytes_per_second", "uplink_bytes_per_second"), 1e9)
     (tmp_path / "clients.jsonl").write_text(json.dumps(client))
     exec(compile(block("profiles.read"), "README", "exec"), names)
@@ -55,6 +61,12 @@ def served(folder, names):
     assert cli.main(["export", str(run), "--client", "3", "--out", str(folder)]) == 0
     exec(compile(block("export.load"), "README", "exec"), names)
     assert names["odds"].shape == (5, 10) and len(names["served"].config["held"]) == 2
+
+
+def test_accounts_of_privacy_are_those_that_it_tells(capsys):
+    pytest.importorskip("dp_accounting", reason="accounts need the extra privacy")
+    exec(compile(block("accountant.epsilon"), "README", "exec"), {})
+    assert [f"{float(word):.3g}" for word in capsys.readouterr().out.split()] == ["223", "10.4"]
 
 
 def test_own_model_is_accepted():
