@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from fedmoe_jax import aggregation, arguments, cache, invariants, posterior, sampling, scaffold
+from fedmoe_jax import aggregation, arguments, cache, invariants, posterior, sampling, scaffold, sharding
 from fedmoe_jax.aggregation import Transform, compression
 from fedmoe_jax.alignment import capacity
 from fedmoe_jax.base import Aggregator, Aligner, Cohort, LossFn, Population, RoundCost, pytree, stage_key
@@ -87,6 +87,7 @@ def federated_moe(
     reject_above: float | None = None,
     personal_budget_bytes: float = 4e9,
     check: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Algorithm:
     """Federated training of a model whose experts are spread over clients by an aligner.
 
@@ -108,7 +109,7 @@ def federated_moe(
         arrives late is lost.
       conditions: who can be reached and how fast clients really are; default `conditions.steady()`.
       solo_examples: examples of the solo evaluation, 0 for none; `batch_size` if None.
-      chunk_size: clients trained side by side; all of the cohort if None. Changes results by rounding only.
+      chunk_size: clients trained side by side on a device; all of the cohort if None. Changes results by rounding only.
       engine: how clients train. "primal" gives each its own copy of the weights, "dual" none of a kernel's (see `local.dual`,
         for optimizers that are linear), "auto" whichever is predicted to cost less for each kernel. Changes results by rounding only.
       aggregator: of the clients' updates, `aggregation.mean()` if None; a chain that compresses them is trained with the primal engine.
@@ -120,6 +121,8 @@ def federated_moe(
         as 1 where it is less. Clients then train with the primal engine. What is not finite is always rejected.
       personal_budget_bytes: most that personal routers, control variates and residuals may each take in all.
       check: each round's `Info` tells whether `invariants.NAMES` hold.
+      mesh: devices that share the work, of `distributed.mesh`; the population is best placed on it with `distributed.place`. Changes
+        results by rounding only.
 
     Raises:
       ValueError: naming the argument that cannot be.
@@ -128,6 +131,7 @@ def federated_moe(
     numbers |= dict(local_epochs=local_epochs, local_steps=local_steps, router_prior=router_prior)
     numbers |= dict(solo_examples=solo_examples, deadline=deadline, reject_above=reject_above)
     experts, parts = arguments.checked(model, aligner, router, numbers)
+    mesh = sharding.checked(mesh, num_experts(parts.experts))
     aggregator = aggregation.mean() if aggregator is None else aggregator
     conditions = steady() if conditions is None else conditions
     limit = jnp.inf if deadline is None else deadline
@@ -138,7 +142,7 @@ def federated_moe(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, primal.pulls(parts, prox, prox_on), router == "personal",
         batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
         aligner.max_slots, aligner.probes, used, control_variates, STATISTICS_BATCHES * batch_size if router == "statistics" else 0,
-        broadcast, reject_above,
+        broadcast, reject_above, mesh,
     )  # fmt: skip
 
     def init(key: Key[Array, ""], population: Population) -> State:
@@ -151,7 +155,8 @@ def federated_moe(
         if aggregator.encoder is not None:
             residuals = aggregator.encoder.init(scaffold.travelling(parts.experts, router == "personal"), parts.shared, *sizes)
         statistics = posterior.start(parts, batch_shape(population, batch_size)) if router == "statistics" else None
-        return _start(key, population.num_clients, parts, (personal, controls, statistics, residuals), server_optimizer, aligner)
+        state = _start(key, population.num_clients, parts, (personal, controls, statistics, residuals), server_optimizer, aligner)
+        return sharding.place(state, population.num_clients, mesh)
 
     @jax.jit
     def step(state: State, population: Population) -> tuple[State, Info]:
@@ -190,7 +195,7 @@ def federated_moe(
         if check:
             seen = (cohort, trainees, alignment, feedback, info.load, tokens, (weights, shared), aligner.groups)
             info = dataclasses.replace(info, invariants=invariants.holding(*seen))
-        return new, info
+        return sharding.keep(new, population.num_clients, mesh), sharding.everywhere(info, mesh)
 
     def explain(population: Population) -> tuple[plan.Choice, ...]:
         return tuple(choice._replace(reason=refused or choice.reason) for choice in trainer.plan(population))

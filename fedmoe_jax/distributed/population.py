@@ -1,0 +1,158 @@
+"""A population whose examples are spread over a mesh, each client's on one device."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Shaped
+
+from fedmoe_jax import sharding
+from fedmoe_jax.base import Batch, ClientProfile, pytree, static
+from fedmoe_jax.data.population import Population
+from fedmoe_jax.sharding import AXES
+
+
+@pytree
+class LocalClients:
+    """The examples of a few clients, with as many places for each as the largest client of the population has."""
+
+    x: Shaped[Array, "client example ..."]
+    y: Shaped[Array, "client example ..."]
+    size: Int[Array, " client"]
+    label_prior: Float[Array, "client class"] | None = None
+
+    @property
+    def max_examples(self) -> int:
+        """Examples of the largest client of the population."""
+        return self.x.shape[1]
+
+    def num_examples(self, client: Int[Array, ""]) -> Int[Array, ""]:
+        """Examples of one client."""
+        return self.size[client]
+
+    def batch(self, client: Int[Array, ""], position: Int[Array, " example"]) -> Batch:
+        """As `Population.batch`."""
+        mask = (position >= 0) & (position < self.size[client])
+        place = jnp.where(mask, position, 0)
+        prior = None if self.label_prior is None else self.label_prior[client]
+        return Batch(self.x[client, place], self.y[client, place], mask, prior)
+
+
+@pytree
+class ShardedPopulation:
+    """A population on a mesh; implements `base.Population`. Made by `place`.
+
+    Device d has the clients from d * own on, as many as `size` has columns, and their examples one client after the other. Examples are
+    padded to as many rows on each device as the fullest one has.
+
+    Attributes:
+      x, y: examples [device, row, ...].
+      size, start: of each client, examples and its first row.
+      label_prior: as that of `Population`, by device.
+      profile: what each client can afford.
+      clients, largest: number of clients, examples of the largest one.
+    """
+
+    x: Shaped[Array, "device row ..."]
+    y: Shaped[Array, "device row ..."]
+    size: Int[Array, "device own"]
+    start: Int[Array, "device own"]
+    label_prior: Float[Array, "device own class"] | None
+    profile: ClientProfile
+    clients: int = static()
+    largest: int = static()
+
+    @property
+    def num_clients(self) -> int:
+        """All clients, also those without examples."""
+        return self.clients
+
+    @property
+    def max_examples(self) -> int:
+        """Examples of the largest client."""
+        return self.largest
+
+    @property
+    def specs(self) -> Any:
+        """How each array lies on the mesh inside a program of one device: profiles are on all."""
+        columns = jax.tree.map(lambda _: PartitionSpec(), self.profile)
+        others = {name: PartitionSpec(AXES) for name in ("x", "y", "size", "start", "label_prior") if getattr(self, name) is not None}
+        return ShardedPopulation(**({"label_prior": None} | others), profile=columns, clients=self.clients, largest=self.largest)
+
+    def num_examples(self, client: Int[Array, ""]) -> Int[Array, ""]:
+        """Examples of one client; 0 for a client that does not exist."""
+        exists = (client >= 0) & (client < self.clients)
+        device, own = jnp.divmod(jnp.where(exists, client, 0), self.size.shape[1])
+        return jnp.where(exists, self.size[device, own], 0)
+
+    def batch(self, client: Int[Array, ""], position: Int[Array, " example"]) -> Batch:
+        """As `Population.batch`. Slow where it runs, since each row crosses devices: see `fetch`."""
+        device, own = jnp.divmod(jnp.clip(client, 0, self.clients - 1), self.size.shape[1])
+        mask = (position >= 0) & (position < self.num_examples(client))
+        row = self.start[device, own] + jnp.where(mask, position, 0)
+        prior = None if self.label_prior is None else self.label_prior[device, own]
+        return Batch(self.x[device, row], self.y[device, row], mask, prior)
+
+    def fetch(self, client: Int[Array, " client"]) -> LocalClients:
+        """The examples of these clients, from the devices that have them; inside a program of one device, of all at once."""
+        own = self.size.shape[1]
+
+        def rows(local: Array, here: Array) -> tuple[Any, ...]:
+            size = jnp.where(here, self.size[0, local], 0)
+            position = jnp.minimum(jnp.arange(self.largest), jnp.maximum(size[..., None] - 1, 0))
+            row = self.start[0, local][..., None] + position
+            return self.x[0, row], self.y[0, row], size, None if self.label_prior is None else self.label_prior[0, local]
+
+        return LocalClients(*sharding.fetch(rows, client, jax.lax.axis_index(AXES) * own, own, AXES))
+
+
+def place(population: Population, mesh: Mesh) -> Population | ShardedPopulation:
+    """The population on a mesh, its examples and profiles spread over the devices by client.
+
+    As many clients go to each device, in their order. On a mesh of one device it is the population as given. Examples that nobody
+    owns are left out.
+    """
+    if mesh.size == 1:
+        return population
+    offsets, order = np.asarray(population.offsets), np.asarray(population.order)
+    clients = population.num_clients
+    own = -(-clients // mesh.size)
+    bounds = np.minimum(np.arange(mesh.size + 1) * own, clients)
+    first = offsets[bounds]
+    room = max(1, int(np.diff(first).max()))
+    size = np.zeros(mesh.size * own, np.int32)
+    size[:clients] = np.diff(offsets)
+    start = np.zeros(mesh.size * own, np.int32)
+    start[:clients] = offsets[:-1] - np.repeat(first[:-1], np.diff(bounds))
+    spread = NamedSharding(mesh, PartitionSpec(AXES))
+
+    def examples(array: Array) -> Array:
+        given = np.asarray(array)
+
+        def of_devices(index: tuple[slice, ...]) -> np.ndarray:
+            made = np.zeros((len(range(*index[0].indices(mesh.size))), room, *given.shape[1:]), given.dtype)
+            for row, device in zip(made, range(*index[0].indices(mesh.size)), strict=True):
+                rows = order[first[device] : first[device + 1]]
+                row[: len(rows)] = given[rows]
+            return made
+
+        return jax.make_array_from_callback((mesh.size, room, *given.shape[1:]), spread, of_devices)
+
+    def columns(values: np.ndarray) -> Array:
+        return _put(values.reshape(mesh.size, own, *values.shape[1:]), spread)
+
+    prior = population.label_prior
+    if prior is not None:
+        prior = columns(np.pad(np.asarray(prior), ((0, len(size) - clients), (0, 0))))
+    even = spread if clients % mesh.size == 0 else NamedSharding(mesh, PartitionSpec())
+    profile = jax.tree.map(lambda column: _put(np.asarray(column), even), population.profile)
+    return ShardedPopulation(
+        examples(population.x), examples(population.y), columns(size), columns(start), prior, profile, clients, population.largest
+    )
+
+
+def _put(values: np.ndarray, where: NamedSharding) -> Array:
+    """An array of which each process puts its part where it belongs."""
+    return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
