@@ -47,7 +47,8 @@ def shardings(state: Any, num_clients: int, mesh: Mesh) -> Any:
     experts = {leaf.shape for leaf in jax.tree.leaves(state.experts)}
 
     def of_clients(leaf: Array) -> NamedSharding:
-        place = leaf.shape[:2].index(num_clients) if num_clients in leaf.shape[:2] and num_clients % mesh.size == 0 else None
+        spread = leaf.size and num_clients in leaf.shape[:2] and num_clients % mesh.size == 0
+        place = leaf.shape[:2].index(num_clients) if spread else None
         return NamedSharding(mesh, PartitionSpec() if place is None else PartitionSpec(*(None,) * place, AXES))
 
     def of_weights(leaf: Array) -> NamedSharding:
@@ -114,14 +115,20 @@ def take(shard: Shaped[Array, "own ..."], wanted: Int[Array, " _wanted"], device
     own, index = shard.shape[0], jax.lax.axis_index(EXPERT)
     if wanted.shape[0] <= own:
         return fetch(lambda local, _: shard[local], wanted, index * own, own, EXPERT)
-    taken = jnp.zeros((wanted.shape[0], *shard.shape[1:]), shard.dtype)
-    for step in range(devices):
+
+    def pick(step, taken, shard):
         local = wanted - (index + step) % devices * own
         here = (local >= 0) & (local < own)
-        taken = jnp.where(here.reshape(-1, *(1,) * (shard.ndim - 1)), shard[jnp.where(here, local, 0)], taken)
-        if step < devices - 1:
-            shard = jax.lax.ppermute(shard, EXPERT, [(device, (device - 1) % devices) for device in range(devices)])
-    return taken
+        return jnp.where(here.reshape(-1, *(1,) * (shard.ndim - 1)), shard[jnp.where(here, local, 0)], taken)
+
+    def turn(step, carry):
+        taken, shard = carry
+        return pick(step, taken, shard), jax.lax.ppermute(shard, EXPERT, [(device, (device - 1) % devices) for device in range(devices)])
+
+    wanted, shard = jax.lax.optimization_barrier((wanted, shard))  # else the parts of all devices come before a loop, and stay
+    nothing = jnp.zeros((wanted.shape[0], *shard.shape[1:]), shard.dtype)
+    taken, shard = jax.lax.fori_loop(0, devices - 1, turn, (nothing, shard))
+    return pick(devices - 1, taken, shard)
 
 
 def ring_sum(add: Callable[[PyTree, Int[Array, ""]], PyTree], start: PyTree, devices: int) -> PyTree:
@@ -131,9 +138,10 @@ def ring_sum(add: Callable[[PyTree, Int[Array, ""]], PyTree], start: PyTree, dev
       add: add(total, device) -> the total of that device with what this one adds to it.
       start: of zeros.
     """
-    index, total = jax.lax.axis_index(EXPERT), start
-    for step in range(devices):
-        if step:
-            total = jax.lax.ppermute(total, EXPERT, [(device, (device + 1) % devices) for device in range(devices)])
+    index = jax.lax.axis_index(EXPERT)
+
+    def turn(step, total):
         total = add(total, (index - 1 - step) % devices)
-    return total
+        return jax.lax.ppermute(total, EXPERT, [(device, (device + 1) % devices) for device in range(devices)])
+
+    return add(jax.lax.fori_loop(0, devices - 1, turn, start), index)

@@ -8,7 +8,20 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fedmoe_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES = 320
-FOUNDATION = {"devices", "base", "experts", "grouped", "kernels", "sampling", "conditions", "cache", "store", "scaffold", "posterior", "sharding"}
+FOUNDATION = {
+    "devices",
+    "base",
+    "experts",
+    "grouped",
+    "kernels",
+    "sampling",
+    "conditions",
+    "cache",
+    "store",
+    "scaffold",
+    "posterior",
+    "sharding",
+}
 STAGES = {"alignment", "local", "aggregation", "nn"}
 EDGE = {"training", "distributed", "deploy"}
 MAY_IMPORT = {

@@ -28,6 +28,8 @@ def mesh(clients: int | None = None, experts: int = 1, *, devices: Sequence[jax.
         raise ValueError(f"experts is {experts}, it must be from 1 to the number of devices, {len(found)}")
     clients = len(found) // experts if clients is None else clients
     if clients < 1 or clients * experts > len(found):
-        raise ValueError(f"clients is {clients}, it must be from 1 to {len(found) // experts}: there are {len(found)} devices for {experts} each")
+        raise ValueError(
+            f"clients is {clients}, it must be from 1 to {len(found) // experts}: there are {len(found)} devices for {experts} each"
+        )
     grid = np.array(found[: clients * experts]).reshape(clients, experts)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)

@@ -1,5 +1,6 @@
 """A population whose examples are spread over a mesh, each client's on one device."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from fedmoe_jax import sharding
 from fedmoe_jax.base import Batch, ClientProfile, pytree, static
 from fedmoe_jax.data.population import Population
 from fedmoe_jax.sharding import AXES
+
+_BY_DEVICE = ("x", "y", "size", "start", "label_prior")
 
 
 @pytree
@@ -77,9 +80,9 @@ class ShardedPopulation:
     @property
     def specs(self) -> Any:
         """How each array lies on the mesh inside a program of one device: profiles are on all."""
-        columns = jax.tree.map(lambda _: PartitionSpec(), self.profile)
-        others = {name: PartitionSpec(AXES) for name in ("x", "y", "size", "start", "label_prior") if getattr(self, name) is not None}
-        return ShardedPopulation(**({"label_prior": None} | others), profile=columns, clients=self.clients, largest=self.largest)
+        everywhere = jax.tree.map(lambda _: PartitionSpec(), self)
+        spread = {name: jax.tree.map(lambda _: PartitionSpec(AXES), getattr(self, name)) for name in _BY_DEVICE}
+        return dataclasses.replace(everywhere, **spread)
 
     def num_examples(self, client: Int[Array, ""]) -> Int[Array, ""]:
         """Examples of one client; 0 for a client that does not exist."""
@@ -131,7 +134,7 @@ def place(population: Population, mesh: Mesh) -> Population | ShardedPopulation:
     def examples(array: Array) -> Array:
         given = np.asarray(array)
 
-        def of_devices(index: tuple[slice, ...]) -> np.ndarray:
+        def of_devices(index: Any) -> np.ndarray:
             made = np.zeros((len(range(*index[0].indices(mesh.size))), room, *given.shape[1:]), given.dtype)
             for row, device in zip(made, range(*index[0].indices(mesh.size)), strict=True):
                 rows = order[first[device] : first[device + 1]]
@@ -151,6 +154,11 @@ def place(population: Population, mesh: Mesh) -> Population | ShardedPopulation:
     return ShardedPopulation(
         examples(population.x), examples(population.y), columns(size), columns(start), prior, profile, clients, population.largest
     )
+
+
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+    """Arrays on each device of a mesh."""
+    return jax.tree.map(lambda leaf: _put(np.asarray(leaf), NamedSharding(mesh, PartitionSpec())), tree)
 
 
 def _put(values: np.ndarray, where: NamedSharding) -> Array:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from fedmoe_jax import sharding, store
 from fedmoe_jax.base import NO_EXPERT, Aggregator, ClientUpdate
-from fedmoe_jax.experts import map_groups, num_experts
+from fedmoe_jax.experts import map_groups
 from fedmoe_jax.kernels import is_dual, slot_deltas
 from fedmoe_jax.sharding import AXES, CLIENT, EXPERT
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from fedmoe_jax import aggregation, alignment, models
+from fedmoe_jax import aggregation, alignment, distributed, models
 from fedmoe_jax.alignment import fitness, load
 from fedmoe_jax.base import Aggregator, Aligner, Cohort, Fitness, RoundCost
 from fedmoe_jax.conditions import varying
@@ -38,14 +39,15 @@ LOCAL_TEST_FRACTION = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run is made of. `population` holds the clients' training examples, `holdout` their own test splits.
+    """What a run is made of. `population` holds the clients' training examples, `holdout` their own test splits. With a `mesh`
+    the population is a `distributed.ShardedPopulation` there, and what evaluation needs is on each of its devices.
 
     `label_prior` is that of `clients.label_prior`. `digests` tell whether data and profiles are the same as before.
     With a `stream`, which then has the training examples, the population knows their number only.
     """
 
     config: TrainConfig
-    population: Population
+    population: Any
     holdout: Population
     test: tuple[jax.Array, jax.Array]
     num_classes: int
@@ -58,6 +60,7 @@ class Setup:
     stream: Stream | None = None
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     check: bool = False
+    mesh: Mesh | None = None
 
     def algorithm(self, chunk: int) -> Algorithm:
         """The round, with `chunk` clients trained side by side."""
@@ -71,6 +74,7 @@ class Setup:
             deadline=config.deadline, chunk_size=chunk, conditions=conditions,
             solo_examples=self.solo_examples, engine=config.engine, control_variates=config.control_variates,
             aggregator=aggregator(config), broadcast=broadcast(config), reject_above=config.reject_above, check=self.check,
+            mesh=self.mesh,
         )  # fmt: skip
 
     def aligner_scores(self, state: State) -> Any:
@@ -138,11 +142,11 @@ class Setup:
         return admit(self.population, client, cost, self.aligner, deadline=config.deadline, examples=examples, pace=pace)[0]
 
     def chunk(self, memory_bytes: float) -> int:
-        """The configured chunk, or the one that fits into `memory_bytes`."""
+        """The configured chunk, or the one that fits into `memory_bytes` of a device."""
         return self.fitting(memory_bytes) if self.config.chunk is None else min(self.config.chunk, self.config.cohort)
 
     def fitting(self, memory_bytes: float) -> int:
-        """Clients that train side by side in `memory_bytes`, at most the cohort."""
+        """Clients that train side by side in `memory_bytes`, at most the cohort or a device's share of it."""
         saved = sum(choice.saved for choice in self.algorithm(self.config.cohort).plan(self.population))
         return self._chunk(memory_bytes, saved)
 
@@ -151,7 +155,8 @@ class Setup:
         return self._chunk(memory_bytes, 0.0)
 
     def _chunk(self, memory_bytes: float, saved: float) -> int:
-        sizes = dict(cohort_size=self.config.cohort, max_slots=self.aligner.max_slots, probes=self.aligner.probes)
+        each = -(-self.config.cohort // (1 if self.mesh is None else self.mesh.size))
+        sizes = dict(cohort_size=each, max_slots=self.aligner.max_slots, probes=self.aligner.probes)
         return chunk_size(self.cost(), **sizes, memory_bytes=memory_bytes, saved=saved)
 
 
@@ -161,6 +166,7 @@ def build(config: TrainConfig) -> Setup:
     Raises:
       ValueError: naming the field that cannot be.
     """
+    mesh = make_mesh(config)
     dataset = sources.load(config.data)  # a test set that must be drawn is the same for every seed
     owners, content = clients.split(config, dataset), dataset.digest()
     dataset = clients.shifted(config, dataset, owners)
@@ -173,14 +179,40 @@ def build(config: TrainConfig) -> Setup:
     if config.stream is not None:
         stream, of_test = (Stream.from_arrays(dataset.x, dataset.y, owned, profile) for owned in (train, held_out))
         holdout = of_test.window(np.asarray(clients.evaluated(len(owners))))
-        return dataclasses.replace(_assemble(config, stream.index, holdout, test, labels), stream=stream, digests=digests)
+        made = dataclasses.replace(_assemble(config, stream.index, holdout, test, labels), stream=stream, digests=digests)
+        return _on(mesh, made)
     x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
     if (needed := 4 * len(train) * dataset.num_classes) > MOST_LABEL_BYTES and config.loss == "balanced_softmax":
         raise ValueError(f"loss: balanced_softmax keeps a number for each client and class, which takes {needed} bytes of at most 4e9")
     prior = clients.label_prior(dataset, train, np.arange(len(train))) if config.loss == "balanced_softmax" else None
     population = Population.from_arrays(x, y, train, profile, prior)
     holdout = Population.from_arrays(x, y, held_out, profile)
-    return dataclasses.replace(_assemble(config, population, holdout, test, labels), digests=digests)
+    return _on(mesh, dataclasses.replace(_assemble(config, population, holdout, test, labels), digests=digests))
+
+
+def make_mesh(config: TrainConfig) -> Mesh | None:
+    """The devices that a configuration names, None for one.
+
+    Raises:
+      ValueError: naming the field that cannot be.
+    """
+    found, parts = len(jax.devices()), config.expert_devices
+    number = config.devices or (parts if jax.process_count() == 1 else found)
+    if number > found or (number < found and jax.process_count() > 1):
+        what = "at most the number there is" if jax.process_count() == 1 else "all those of all processes"
+        raise ValueError(f"devices: must be {what} ({found}), got {number}")
+    if number % parts or config.experts % parts:
+        raise ValueError(f"expert_devices: must divide devices ({number}) and experts ({config.experts}), got {parts}")
+    return None if number == 1 else distributed.mesh(number // parts, parts)
+
+
+def _on(mesh: Mesh | None, setup: Setup) -> Setup:
+    """The setup on a mesh. Windows of a stream go to all of its devices."""
+    if mesh is None:
+        return setup
+    population = setup.population if setup.stream is not None else distributed.place(setup.population, mesh)
+    holdout, test, prior = distributed.everywhere((setup.holdout, setup.test, setup.label_prior), mesh)
+    return dataclasses.replace(setup, mesh=mesh, population=population, holdout=holdout, test=test, label_prior=prior)
 
 
 def variant(setup: Setup, config: TrainConfig) -> Setup:

@@ -31,7 +31,7 @@ from fedmoe_jax.training.report import write_report
 from fedmoe_jax.training.setup import Setup, build
 from fedmoe_jax.training.weights import save_weights
 
-_MAY_CHANGE = ("chunk",)  # fields that --resume may give otherwise: results change by rounding only
+_MAY_CHANGE = ("chunk", "devices", "expert_devices")  # fields that --resume may give otherwise: results change by rounding only
 
 Callback = Callable[[State, Record], Any]
 """callback(state, record), called after each round's record is written.
@@ -292,9 +292,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_bytes() -> float:
-    """Total memory of the first device; for a CPU that of the machine."""
+    """Total memory of the first device; for a CPU its share of that of the machine."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return float(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return float(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count())
 
 
 def peak_memory_bytes() -> int:
