@@ -27,12 +27,13 @@ class Collective(NamedTuple):
     name: str
 
 
-def collectives(program: str, num_devices: int) -> list[Collective]:
+def collectives(program: str, num_devices: int, unknown: int | None = None) -> list[Collective]:
     """The exchanges of a compiled program.
 
     Args:
       program: its text, `compiled.as_text()`.
       num_devices: of the mesh.
+      unknown: turns to count where a loop does not tell, such as 1 for a round of `fedmoe_jax.rounds`.
 
     Returns:
       Each with the bytes that a device sends, where rings of n devices send (n - 1) / n of the whole: twice for sums on all.
@@ -43,7 +44,7 @@ def collectives(program: str, num_devices: int) -> list[Collective]:
             computation = begins[1]
         if loop := _LOOP.search(line):
             known = _TIMES.search(line)
-            callers[loop[1]] = computation, int(known[1]) if known else None
+            callers[loop[1]] = computation, int(known[1]) if known else unknown
         elif called := _CALLED.search(line):
             callers |= {name.strip().lstrip("%"): (computation, 1) for name in called[1].split(",")}
         if operation := _OPERATION.search(line):
