@@ -64,7 +64,7 @@ def shardings(state: Any, num_clients: int, mesh: Mesh) -> Any:
 
 def place(state: Any, num_clients: int, mesh: Mesh | None) -> Any:
     """The state with its arrays where they belong."""
-    return state if mesh is None else jax.device_put(state, shardings(state, num_clients, mesh))
+    return state if mesh is None else jax.jit(lambda state: state, out_shardings=shardings(state, num_clients, mesh))(state)
 
 
 def keep(state: Any, num_clients: int, mesh: Mesh | None) -> Any:

@@ -1,6 +1,7 @@
 """A population whose examples are spread over a mesh, each client's on one device."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from fedmoe_jax import sharding
 from fedmoe_jax.base import Batch, ClientProfile, pytree, static
-from fedmoe_jax.data.population import Population
+from fedmoe_jax.data.population import Population, checked
 from fedmoe_jax.sharding import AXES
 
 _BY_DEVICE = ("x", "y", "size", "start", "label_prior")
@@ -119,24 +120,46 @@ def place(population: Population, mesh: Mesh) -> Population | ShardedPopulation:
     """
     if mesh.size == 1:
         return population
-    offsets, order = np.asarray(population.offsets), np.asarray(population.order)
-    clients = population.num_clients
+    prior = None if population.label_prior is None else np.asarray(population.label_prior)
+    index = np.asarray(population.order), np.asarray(population.offsets), population.profile
+    return _spread(np.asarray(population.x), np.asarray(population.y), *index, prior, mesh)
+
+
+def from_arrays(
+    x: np.ndarray,
+    y: np.ndarray,
+    client_indices: Sequence[np.ndarray],
+    profile: ClientProfile | None = None,
+    label_prior: Array | np.ndarray | None = None,
+    *,
+    mesh: Mesh,
+) -> ShardedPopulation:
+    """As `Population.from_arrays` and `place`, without the whole on one device: of `x` and `y`, which may be memory maps, each
+    process reads the rows of the clients of its own devices only.
+
+    Raises:
+      ValueError: if the argument that it names has a wrong dtype, length or index.
+    """
+    order, offsets, profile = checked(x, y, client_indices, profile)
+    return _spread(x, y, order, offsets, profile, None if label_prior is None else np.asarray(label_prior), mesh)
+
+
+def _spread(x, y, order, offsets, profile, prior, mesh) -> ShardedPopulation:
+    clients = len(offsets) - 1
     own = -(-clients // mesh.size)
     bounds = np.minimum(np.arange(mesh.size + 1) * own, clients)
     first = offsets[bounds]
     room = max(1, int(np.diff(first).max()))
-    size = np.zeros(mesh.size * own, np.int32)
+    size, start = np.zeros(mesh.size * own, np.int32), np.zeros(mesh.size * own, np.int32)
     size[:clients] = np.diff(offsets)
-    start = np.zeros(mesh.size * own, np.int32)
     start[:clients] = offsets[:-1] - np.repeat(first[:-1], np.diff(bounds))
     spread = NamedSharding(mesh, PartitionSpec(AXES))
 
-    def examples(array: Array) -> Array:
-        given = np.asarray(array)
-
+    def examples(given: np.ndarray) -> Array:
         def of_devices(index: Any) -> np.ndarray:
-            made = np.zeros((len(range(*index[0].indices(mesh.size))), room, *given.shape[1:]), given.dtype)
-            for row, device in zip(made, range(*index[0].indices(mesh.size)), strict=True):
+            devices = range(*index[0].indices(mesh.size))
+            made = np.zeros((len(devices), room, *given.shape[1:]), given.dtype)
+            for row, device in zip(made, devices, strict=True):
                 rows = order[first[device] : first[device + 1]]
                 row[: len(rows)] = given[rows]
             return made
@@ -146,14 +169,11 @@ def place(population: Population, mesh: Mesh) -> Population | ShardedPopulation:
     def columns(values: np.ndarray) -> Array:
         return _put(values.reshape(mesh.size, own, *values.shape[1:]), spread)
 
-    prior = population.label_prior
     if prior is not None:
-        prior = columns(np.pad(np.asarray(prior), ((0, len(size) - clients), (0, 0))))
+        prior = columns(np.pad(prior.astype(np.float32), ((0, len(size) - clients), (0, 0))))
     even = spread if clients % mesh.size == 0 else NamedSharding(mesh, PartitionSpec())
-    profile = jax.tree.map(lambda column: _put(np.asarray(column), even), population.profile)
-    return ShardedPopulation(
-        examples(population.x), examples(population.y), columns(size), columns(start), prior, profile, clients, population.largest
-    )
+    profile = jax.tree.map(lambda column: _put(np.asarray(column), even), profile)
+    return ShardedPopulation(examples(x), examples(y), columns(size), columns(start), prior, profile, clients, int(size.max()))
 
 
 def everywhere(tree: Any, mesh: Mesh) -> Any:

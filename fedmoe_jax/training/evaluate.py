@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmoe_jax import alignment, posterior
+from fedmoe_jax import alignment, posterior, sharding
 from fedmoe_jax.alignment.aligner import AlignerState
 from fedmoe_jax.alignment.fitness import FitnessState
 from fedmoe_jax.base import NO_EXPERT, Aligner, Batch, stage_key
@@ -92,7 +92,7 @@ def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], di
         rows = [(cohort.client, each.held, setup.config.router_prior * each.centred, labels) for each in alignments]
         rows = jax.tree.map(lambda *columns: jnp.concatenate(columns), *rows)
         each = jax.lax.map(lambda row: accuracy(state, holdout, *row), rows, batch_size=min(chunk, _CHUNK, cohort.client.shape[0]))
-        return jnp.concatenate(jnp.split(each, len(alignments)), axis=1)
+        return sharding.everywhere(jnp.concatenate(jnp.split(each, len(alignments)), axis=1), setup.mesh)
 
     def run(state: State) -> dict[str, Any]:
         each = np.asarray(evaluate(state, setup.holdout, setup.admit(everyone, state.pace[everyone], cost), setup.label_prior))
@@ -127,6 +127,7 @@ def evaluate_run(folder: Path, config: TrainConfig, data: str) -> dict[str, Any]
     Raises:
       ValueError: if there is no checkpoint, or the data do not fit the model.
     """
+    config = dataclasses.replace(config, devices=None, expert_devices=1)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         setup = build(config)
         template = setup.algorithm(1).init(jax.random.key(config.seed), setup.population)

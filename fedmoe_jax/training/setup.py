@@ -18,6 +18,7 @@ from fedmoe_jax.conditions import varying
 from fedmoe_jax.data import partition as splits
 from fedmoe_jax.data import sources
 from fedmoe_jax.data.population import Population
+from fedmoe_jax.distributed import processes
 from fedmoe_jax.experts import Partition, groups, partition
 from fedmoe_jax.local.cohort import batch_shape
 from fedmoe_jax.local.cost import round_cost
@@ -92,6 +93,7 @@ class Setup:
         def known(learnt: fitness.FitnessState) -> jax.Array:
             return jnp.where(learnt.value[client] == prior, jnp.nan, self.fitness.score(learnt, client))
 
+        learnt = processes.gathered(learnt)
         return np.asarray(known(learnt)) if self.aligner.groups == 1 else np.concatenate(jax.vmap(known)(learnt), axis=1)
 
     @functools.cached_property
@@ -181,12 +183,16 @@ def build(config: TrainConfig) -> Setup:
         holdout = of_test.window(np.asarray(clients.evaluated(len(owners))))
         made = dataclasses.replace(_assemble(config, stream.index, holdout, test, labels), stream=stream, digests=digests)
         return _on(mesh, made)
-    x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
     if (needed := 4 * len(train) * dataset.num_classes) > MOST_LABEL_BYTES and config.loss == "balanced_softmax":
         raise ValueError(f"loss: balanced_softmax keeps a number for each client and class, which takes {needed} bytes of at most 4e9")
     prior = clients.label_prior(dataset, train, np.arange(len(train))) if config.loss == "balanced_softmax" else None
-    population = Population.from_arrays(x, y, train, profile, prior)
-    holdout = Population.from_arrays(x, y, held_out, profile)
+    population: Any
+    if mesh is not None:
+        population = distributed.from_arrays(dataset.x, dataset.y, train, profile, prior, mesh=mesh)
+        holdout = Stream.from_arrays(dataset.x, dataset.y, held_out, profile).window(np.asarray(clients.evaluated(len(owners))))
+    else:
+        x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
+        population, holdout = (Population.from_arrays(x, y, owned, profile, own) for owned, own in ((train, prior), (held_out, None)))
     return _on(mesh, dataclasses.replace(_assemble(config, population, holdout, test, labels), digests=digests))
 
 
@@ -210,9 +216,8 @@ def _on(mesh: Mesh | None, setup: Setup) -> Setup:
     """The setup on a mesh. Windows of a stream go to all of its devices."""
     if mesh is None:
         return setup
-    population = setup.population if setup.stream is not None else distributed.place(setup.population, mesh)
     holdout, test, prior = distributed.everywhere((setup.holdout, setup.test, setup.label_prior), mesh)
-    return dataclasses.replace(setup, mesh=mesh, population=population, holdout=holdout, test=test, label_prior=prior)
+    return dataclasses.replace(setup, mesh=mesh, holdout=holdout, test=test, label_prior=prior)
 
 
 def variant(setup: Setup, config: TrainConfig) -> Setup:
@@ -224,8 +229,9 @@ def variant(setup: Setup, config: TrainConfig) -> Setup:
 
 
 def _assemble(config, population, holdout, test, labels):
-    if config.augment and population.x.ndim not in (3, 4):
-        raise ValueError(f"augment: {config.data} has examples of shape {population.x.shape[1:]}, only images can be mirrored and shifted")
+    shape = test[0].shape[1:]
+    if config.augment and len(shape) not in (2, 3):
+        raise ValueError(f"augment: {config.data} has examples of shape {shape}, only images can be mirrored and shifted")
     options: dict[str, Any] = dict(config.model_options)
     if taken := sorted(set(options) & {"input_shape", "num_classes", "num_experts", "top_k", "seed", "dtype", "per_layer"}):
         raise ValueError(f"model_options: {', '.join(taken)} cannot be set there, it follows from the data or has a field of its own")
@@ -234,7 +240,7 @@ def _assemble(config, population, holdout, test, labels):
     elif config.shared_experts:
         raise ValueError(f"shared_experts: {config.model} must make its own; leave it at 0, or pass it with model_options")
     model = models.create(
-        config.model, input_shape=population.x.shape[1:], num_classes=labels["num_classes"], num_experts=config.experts,
+        config.model, input_shape=shape, num_classes=labels["num_classes"], num_experts=config.experts,
         top_k=config.top_k, seed=config.seed, dtype=None if config.dtype == "float32" else jnp.bfloat16,
         per_layer=config.assignment == "per_layer", **options,
     )  # fmt: skip
