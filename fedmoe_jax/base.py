@@ -297,7 +297,8 @@ class Aggregator(NamedTuple):
     init(experts, shared) -> total; add(total, update) -> total; finish(total) -> (expert deltas, shared deltas).
     `needs` says what it reads of each client: "sum", "norms" or "deltas". One that `collects` keeps all of a cohort, and gets
     room for it: init(experts, shared, clients, slots of a group). What becomes of updates on their way to it is its `encoder`,
-    see `aggregation.chain.Encoder`; None if nothing does.
+    see `aggregation.chain.Encoder`; None if nothing does. On several devices each has a total of its own clients, and of one that does
+    not collect these are added up: so its total must be sums over clients that start at 0, of arrays that belong to experts, or not.
     """
 
     init: Callable[..., PyTree]

@@ -140,9 +140,9 @@ def _go_on(words: list[str]) -> str:
 def _train(words: list[str]) -> None:
     resumed = "--resume" in words and _stored(words)
     config, options = parse(TrainConfig, words, "fedmoe train", default=resumed or None, options=TrainOptions)
-    if options.coordinator is not None:
-        from fedmoe_jax.distributed import processes
+    from fedmoe_jax.distributed import processes
 
+    if options.coordinator is not None:
         processes.start(options.coordinator, options.processes, options.process)
     elif options.processes is not None or options.process is not None:
         raise UsageError("--coordinator is missing: give HOST:PORT of the first process")
@@ -157,6 +157,8 @@ def _train(words: list[str]) -> None:
     callback = None if options.tensorboard is None else scalars(options.tensorboard)
     summary = train(config, _folder(options.out), resume=options.resume, trace=options.trace, callback=callback, check=options.check)
     last = summary["last"]
+    if not processes.is_first():
+        return
     print(f"accuracy {_percent(last['eval_accuracy'])}, clients' own {_percent(last['client_accuracy_mean'])}: {options.out}/report.html")
 
 

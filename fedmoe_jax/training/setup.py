@@ -207,6 +207,8 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
     if number > found or (number < found and jax.process_count() > 1):
         what = "at most the number there is" if jax.process_count() == 1 else "all those of all processes"
         raise ValueError(f"devices: must be {what} ({found}), got {number}")
+    if config.stream is not None and jax.process_count() > 1:
+        raise ValueError("stream: does not go with several processes, each of which has the examples of its own devices' clients only")
     if number % parts or config.experts % parts:
         raise ValueError(f"expert_devices: must divide devices ({number}) and experts ({config.experts}), got {parts}")
     return None if number == 1 else distributed.mesh(number // parts, parts)
