@@ -24,7 +24,8 @@ from fedmoe_jax.aggregation.chain import Encoder
 from fedmoe_jax.base import Aggregator
 from fedmoe_jax.training.config import TrainConfig
 from fedmoe_jax.training.evaluate import global_evaluation
-from fedmoe_jax.training.setup import aggregator, build, variant
+from fedmoe_jax.training.named import aggregator
+from fedmoe_jax.training.setup import build, variant
 
 SHARE = 0.2
 RULES = {

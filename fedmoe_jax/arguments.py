@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from fedmoe_jax.aggregation import Transform
 from fedmoe_jax.base import Aggregator, Aligner
@@ -46,7 +47,7 @@ def checked(model: nnx.Module, aligner: Aligner, router: str, numbers: dict[str,
     return number * experts, parts
 
 
-def check_aggregation(aggregator: Aggregator, broadcast: Transform | None, control_variates: bool, router: str) -> None:
+def check_aggregation(aggregator: Aggregator, broadcast: Transform | None, control_variates: bool, router: str, mesh: Mesh | None) -> None:
     """Refuses what does not go together.
 
     Raises:
@@ -56,6 +57,8 @@ def check_aggregation(aggregator: Aggregator, broadcast: Transform | None, contr
         raise ValueError("broadcast must be aggregation.quantize(...): a client needs every weight")
     if control_variates and (broadcast is not None or aggregator.encoder is not None):
         raise ValueError("control_variates travel as they are: they go neither with a broadcast nor with clipped or compressed updates")
+    if mesh is not None and aggregator.private is not None:
+        raise ValueError("mesh does not go with gaussian_noise, which is drawn once, on one device: leave it out")
     beside = (("control_variates", control_variates), ("router 'statistics'", router == "statistics"))
     for name, given in (*beside, ("router 'personal'", router == "personal")):
         if given and aggregator.private is not None:

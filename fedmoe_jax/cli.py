@@ -43,6 +43,12 @@ class TrainOptions:
     """Folder for TensorBoard event files."""
     check: bool = False
     """Look in every round whether the assignment, the accounts and the weights are as they must be."""
+    coordinator: str | None = None
+    """Where several processes train together: auto (under Slurm and the like), or HOST:PORT of the first one."""
+    processes: int | None = None
+    """Processes in all, with HOST:PORT."""
+    process: int | None = None
+    """Which of them this is, from 0, with HOST:PORT."""
     explain: bool = False
     """Print how local training would treat each weight, and why, instead of training."""
 
@@ -120,11 +126,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoppedError as error:
         print(f"fedmoe {words[0]}: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not _others_ended(error):
+            raise
+        print(f"fedmoe {words[0]}: another process has ended, or cannot be reached{_go_on(words)}", file=sys.stderr, flush=True)
+        os._exit(1)  # the way to end in order waits for it
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else " ".join(str(error).split())
         print(f"fedmoe {words[0]}: {reason}{_go_on(words)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _others_ended(error: RuntimeError) -> bool:
+    """Whether it is what a process of several sees when another one does not go on."""
+    import jax
+
+    from fedmoe_jax.distributed import processes
+
+    return processes.several() and isinstance(error, processes.LostError | jax.errors.JaxRuntimeError)
 
 
 def _go_on(words: list[str]) -> str:
@@ -136,6 +156,12 @@ def _go_on(words: list[str]) -> str:
 def _train(words: list[str]) -> None:
     resumed = "--resume" in words and _stored(words)
     config, options = parse(TrainConfig, words, "fedmoe train", default=resumed or None, options=TrainOptions)
+    from fedmoe_jax.distributed import processes
+
+    if options.coordinator is not None:
+        processes.start(options.coordinator, options.processes, options.process)
+    elif options.processes is not None or options.process is not None:
+        raise UsageError("--coordinator is missing: give HOST:PORT of the first process")
     if options.explain:
         from fedmoe_jax.training.explain import explain
 
@@ -147,6 +173,8 @@ def _train(words: list[str]) -> None:
     callback = None if options.tensorboard is None else scalars(options.tensorboard)
     summary = train(config, _folder(options.out), resume=options.resume, trace=options.trace, callback=callback, check=options.check)
     last = summary["last"]
+    if not processes.is_first():
+        return
     print(f"accuracy {_percent(last['eval_accuracy'])}, clients' own {_percent(last['client_accuracy_mean'])}: {options.out}/report.html")
     if "privacy" in summary:
         from fedmoe_jax.training.accountant import told

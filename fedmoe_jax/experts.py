@@ -259,3 +259,13 @@ def combine(
 def held_mask(held: Int[Array, "client slot"], num_experts: int) -> Bool[Array, "client expert"]:
     """The assignment as a mask."""
     return (held[..., None] == jnp.arange(num_experts)).any(-2)
+
+
+def squared_norm(experts: Any, shared: Any, sent: Bool[Array, " all_slots"], names: tuple[str | None, ...]) -> Float[Array, ""]:
+    """The squared norm of a client's shared weights and of the experts in some slots."""
+
+    def of_slots(sent, leaf):
+        return jnp.where(sent.reshape(-1, *(1,) * (leaf.ndim - 1)), jnp.square(leaf), 0).sum()
+
+    each = [*jax.tree.leaves(map_groups(of_slots, names, sent, experts)), *(jnp.square(leaf).sum() for leaf in jax.tree.leaves(shared))]
+    return sum(each, start=jnp.zeros(()))

@@ -209,6 +209,11 @@ def expert_sum(
     return shrink[:, None, None] * delta.base + grouped.outer(inputs, gradients, held, num_experts)
 
 
+def slot_deltas(delta: DualDelta, place: Int[Array, "client slot"]) -> Float[Array, "client slot feature hidden"]:
+    """What was added to each slot, where the weights of each are a row of their own, `place`. Large: take few clients at a time."""
+    return expert_sum(delta, place, jnp.ones(place.shape), delta.base.shape[0])[place]
+
+
 def _joined(history: tuple[History, ...]):
     """Inputs, gradients and weights [client, lane, row, ...] of the whole history, and the slots of its tiles."""
     inputs, gradients = (jnp.concatenate([getattr(rows, name) for rows in history], axis=2) for name in ("inputs", "gradients"))

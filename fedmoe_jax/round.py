@@ -8,48 +8,24 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from fedmoe_jax import aggregation, arguments, cache, invariants, posterior, sampling, scaffold
+from fedmoe_jax import aggregation, arguments, cache, invariants, posterior, sampling, scaffold, sharding
 from fedmoe_jax.aggregation import Transform, compression
 from fedmoe_jax.alignment import capacity, holders
 from fedmoe_jax.alignment.capacity import admit as admit
-from fedmoe_jax.base import NO_EXPERT, Aggregator, Aligner, Alignment, Cohort, LossFn, Population, RoundCost, pytree, stage_key
+from fedmoe_jax.base import NO_EXPERT, Aggregator, Aligner, Alignment, Cohort, LossFn, Population, RoundCost, stage_key
 from fedmoe_jax.conditions import Conditions, steady
 from fedmoe_jax.experts import combine, groups, map_groups, num_experts
 from fedmoe_jax.info import Info, Traffic, downloads, summarize
 from fedmoe_jax.local import plan, primal
-from fedmoe_jax.local.cohort import Trainer, batch_shape, keep_routers, router_rows
+from fedmoe_jax.local.cohort import Trainer, batch_shape
+from fedmoe_jax.local.routers import keep_routers, router_rows
+from fedmoe_jax.state import State as State
+from fedmoe_jax.state import start
 
 STATISTICS_BATCHES = 4
 """Batches of its examples of which a client returns statistics in a round, with router "statistics"."""
-
-
-@pytree
-class State:
-    """What the next round reads. `personal` holds each client's own router rows, or None when they are shared; `controls` the
-    control variates of SCAFFOLD, `statistics` those of each MoE layer for the global router, `residuals` what compression kept
-    of each client's updates of (experts, shared), `private` the norm to which a private aggregator clips, or None without.
-
-    `tokens` and `last_trained` have the experts of all groups, group after group. `pace` is how many times as long as its
-    profile says each client took lately.
-    """
-
-    key: Key[Array, ""]
-    round: Int[Array, ""]
-    experts: PyTree[Float[Array, "expert ..."]]
-    shared: PyTree[Float[Array, "..."]]
-    personal: PyTree[Float[Array, "population expert ..."]] | None
-    controls: scaffold.Controls | None
-    statistics: tuple[posterior.Statistics, ...] | None
-    residuals: PyTree[Float[Array, "population ..."]] | None
-    private: PyTree | None
-    optimizer: PyTree
-    aligner: PyTree
-    tokens: Float[Array, " all_experts"]
-    last_trained: Int[Array, " all_experts"]
-    pace: Float[Array, " population"]
-    cache: cache.Cache
 
 
 class Opening(NamedTuple):
@@ -124,6 +100,7 @@ def federated_moe(
     sampling_rate: float | None = None,
     personal_budget_bytes: float = 4e9,
     check: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Algorithm:
     """Federated training of a model whose experts are spread over clients by an aligner.
 
@@ -145,7 +122,7 @@ def federated_moe(
         arrives late is lost.
       conditions: who can be reached and how fast clients really are; default `conditions.steady()`.
       solo_examples: examples of the solo evaluation, 0 for none; `batch_size` if None.
-      chunk_size: clients trained side by side; all of the cohort if None. Changes results by rounding only.
+      chunk_size: clients trained side by side on a device; all of the cohort if None. Changes results by rounding only.
       engine: how clients train. "primal" gives each its own copy of the weights, "dual" none of a kernel's (see `local.dual`,
         for optimizers that are linear), "auto" whichever is predicted to cost less for each kernel. Changes results by rounding only.
       aggregator: of the clients' updates, `aggregation.mean()` if None; a chain that compresses them is trained with the primal engine.
@@ -161,6 +138,8 @@ def federated_moe(
         `cohort_size` clients if None.
       personal_budget_bytes: most that personal routers, control variates and residuals may each take in all.
       check: each round's `Info` tells whether `invariants.NAMES` hold.
+      mesh: devices that share the work, of `distributed.mesh`; the population is best placed on it with `distributed.place`. Changes
+        results by rounding only.
 
     Raises:
       ValueError: naming the argument that cannot be.
@@ -170,17 +149,18 @@ def federated_moe(
     numbers |= dict(solo_examples=solo_examples, deadline=deadline, reject_above=reject_above, min_holders=min_holders)
     numbers |= dict(sampling_rate=sampling_rate)
     experts, parts = arguments.checked(model, aligner, router, numbers)
+    mesh = sharding.checked(mesh, num_experts(parts.experts))
     aggregator = aggregation.mean() if aggregator is None else aggregator
     conditions = steady() if conditions is None else conditions
     limit = jnp.inf if deadline is None else deadline
     used, refused = plan.chosen(engine, client_optimizer, aggregator, parts, control_variates, reject_above)
-    arguments.check_aggregation(aggregator, broadcast, control_variates, router)
+    arguments.check_aggregation(aggregator, broadcast, control_variates, router, mesh)
     arguments.check_room(aggregator, parts, cohort_size, aligner.max_slots, personal_budget_bytes)
     trainer = Trainer(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, primal.pulls(parts, prox, prox_on), router == "personal",
         batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
         aligner.max_slots, aligner.probes, used, control_variates, STATISTICS_BATCHES * batch_size if router == "statistics" else 0,
-        broadcast, reject_above,
+        broadcast, reject_above, mesh,
     )  # fmt: skip
 
     def init(key: Key[Array, ""], population: Population) -> State:
@@ -195,7 +175,7 @@ def federated_moe(
             residuals = aggregator.encoder.init(scaffold.travelling(parts.experts, router == "personal"), parts.shared, *sizes)
         statistics = posterior.start(parts, batch_shape(population, batch_size)) if router == "statistics" else None
         own = personal, controls, statistics, residuals, private
-        return _start(key, population.num_clients, parts, own, server_optimizer, aligner)
+        return sharding.place(start(key, population.num_clients, parts, own, server_optimizer, aligner), population.num_clients, mesh)
 
     def begin(state: State, population: Population, available: Bool[Array, " client"]) -> Opening:
         key = jax.random.fold_in(state.key, state.round)
@@ -238,7 +218,7 @@ def federated_moe(
         if check:
             seen = (cohort, trainees, alignment, feedback, info.load, tokens, (weights, shared), aligner.groups)
             info = dataclasses.replace(info, invariants=invariants.holding(*seen))
-        return new, info
+        return sharding.keep(new, population.num_clients, mesh), sharding.everywhere(info, mesh)
 
     @jax.jit
     def step(state: State, population: Population) -> tuple[State, Info]:
@@ -255,21 +235,6 @@ def federated_moe(
         return tuple(choice._replace(reason=refused or choice.reason) for choice in trainer.plan(population))
 
     return Algorithm(init, step, explain, Parts(begin, finish, trainer))
-
-
-def _start(key, clients, parts, own, server_optimizer, aligner) -> State:
-    """The state before the first round. Arrays are copied, since one that occurs twice cannot be donated."""
-    weights = jax.tree.map(jnp.copy, (parts.experts, parts.shared))
-    number = len(groups(parts.experts))
-    experts, places = number * num_experts(parts.experts), number * (aligner.max_slots + aligner.probes)
-    learnt = jax.tree.map(jnp.copy, aligner.init(clients))
-    personal, controls, statistics, residuals, private = own
-    return State(
-        key=jnp.copy(key), round=jnp.int32(0), experts=weights[0], shared=weights[1], personal=personal, controls=controls,
-        statistics=statistics, residuals=residuals, private=private, optimizer=server_optimizer.init(weights), aligner=learnt,
-        tokens=jnp.zeros(experts), last_trained=jnp.full(experts, -1, jnp.int32), pace=jnp.ones(clients),
-        cache=cache.empty(clients, places),
-    )  # fmt: skip
 
 
 def rounds(step: Callable[[State, Population], tuple[State, Info]], most: int) -> Callable[..., tuple[State, Info]]:

@@ -9,7 +9,7 @@ from scipy import integrate, stats
 
 from fedmoe_jax.aggregation.clip import Bound
 from fedmoe_jax.aggregation.privacy import Private
-from fedmoe_jax.training import accountant, setup
+from fedmoe_jax.training import accountant, named
 from fedmoe_jax.training.accountant import Sampling
 from fedmoe_jax.training.config import TrainConfig, validate
 
@@ -137,15 +137,15 @@ def test_a_configuration_says_what_is_counted_on():
 
 
 def test_a_configuration_makes_the_aggregator():
-    made = setup.aggregator(dataclasses.replace(PRIVATE, target_epsilon=2.0, noise_multiplier=None, feedback_noise=300.0))
+    made = named.aggregator(dataclasses.replace(PRIVATE, target_epsilon=2.0, noise_multiplier=None, feedback_noise=300.0))
     assert accountant.spent(made.private, 300, delta=DELTA).epsilon == pytest.approx(2.0, rel=5e-3)
     assert made.fixed == (20 * 2 / 8, 20) and made.needs == "deltas"
     with pytest.raises(ValueError, match=r"feedback_noise: must be above .*, lest scores alone cost target_epsilon, got 3"):
-        setup.aggregator(dataclasses.replace(PRIVATE, target_epsilon=2.0, noise_multiplier=None, feedback_noise=3.0))
+        named.aggregator(dataclasses.replace(PRIVATE, target_epsilon=2.0, noise_multiplier=None, feedback_noise=3.0))
     other = dataclasses.replace(PRIVATE, clip_quantile=0.5, secure_bits=16, aligner="full", availability=0.5, sampling_rate=0.16)
-    made = setup.aggregator(other)
+    made = named.aggregator(other)
     assert made.private.bound == Bound(1.0, 0.5, 0.2, 1.0) and made.fixed == (8, 8)
-    assert setup.aggregator(TrainConfig(secure_bits=16)).private is None
+    assert named.aggregator(TrainConfig(secure_bits=16)).private is None
 
 
 REFUSED = {

@@ -8,7 +8,21 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "fedmoe_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES = 320
-FOUNDATION = {"devices", "base", "experts", "grouped", "kernels", "sampling", "conditions", "cache", "store", "scaffold", "posterior"}
+FOUNDATION = {
+    "devices",
+    "base",
+    "experts",
+    "grouped",
+    "kernels",
+    "sampling",
+    "conditions",
+    "cache",
+    "store",
+    "scaffold",
+    "posterior",
+    "sharding",
+    "state",
+}
 STAGES = {"alignment", "local", "aggregation", "nn"}
 EDGE = {"training", "distributed", "deploy"}
 MAY_IMPORT = {

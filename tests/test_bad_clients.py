@@ -14,7 +14,6 @@ from test_round import close, same
 from fedmoe_jax import Population, aggregation, federated_moe
 from fedmoe_jax.base import NO_EXPERT, ClientUpdate, client_keys
 from fedmoe_jax.models.losses import cross_entropy
-from fedmoe_jax.training import setup
 from fedmoe_jax.training.config import TrainConfig
 
 CLIENTS, BAD, EACH = 100, 41, 4
@@ -138,6 +137,6 @@ def test_a_clip_comes_first_and_goes_with_any_rule():
 def test_a_configuration_names_a_rule():
     base = TrainConfig(clip_norm=3.0)
     for name in ("mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median"):
-        rule = setup.aggregator(dataclasses.replace(base, aggregator=name))
+        rule = named.aggregator(dataclasses.replace(base, aggregator=name))
         assert rule.encoder is not None and rule.collects == (name != "mean")
-    assert setup.aggregator(TrainConfig()).needs == "sum"
+    assert named.aggregator(TrainConfig()).needs == "sum"

@@ -14,6 +14,7 @@ COMMANDS = {
     "streaming": ["--clients", "30", "--cohort", "6", "--rounds", "4", "--block", "2", "--repeats", "1"],
     "roofline": ["--small"],
     "convolutions": ["--small", "--repeats", "1"],
+    "scaling": ["--small", "--cases", "wide", "--repeats", "1"],
     "peers/compare": ["--workloads", "tiny", "tiny-cnn", "--repeats", "1"],
 }
 PACKAGES = {"fedjax": "fedjax", "pfl": "pfl", "flower": "flwr"}

@@ -20,7 +20,7 @@ from fedmoe_jax.experts import RouterParam, groups, num_experts
 from fedmoe_jax.local.cohort import batch_shape
 from fedmoe_jax.local.cost import expert_bytes, round_cost
 from fedmoe_jax.models.losses import cross_entropy
-from fedmoe_jax.training import setup
+from fedmoe_jax.training import named, setup
 from fedmoe_jax.training.checkpoint import Checkpoints
 from fedmoe_jax.training.config import TrainConfig
 
@@ -220,12 +220,12 @@ def test_what_does_not_go_together_is_refused():
 
 def test_a_configuration_says_what_travels():
     config = TrainConfig(population=20, cohort=5, experts=4, model_options={"hidden": 16})
-    assert setup.aggregator(config).encoder is None and setup.broadcast(config) is None
+    assert named.aggregator(config).encoder is None and named.broadcast(config) is None
     asked = dataclasses.replace(config, compress_bits=8, compress_share=0.1, broadcast_bits=4, rotate=True)
-    assert setup.aggregator(asked).encoder.num_bytes(1000, 32) == 128 + 4 + 1000 // 8
-    assert setup.broadcast(asked).num_bytes(1000, 32) == 512 + 4
+    assert named.aggregator(asked).encoder.num_bytes(1000, 32) == 128 + 4 + 1000 // 8
+    assert named.broadcast(asked).num_bytes(1000, 32) == 512 + 4
     only = dataclasses.replace(config, compress_bits=8)
-    assert setup.aggregator(only).encoder.num_bytes(1000, 32) == 1004
+    assert named.aggregator(only).encoder.num_bytes(1000, 32) == 1004
     made = setup.build(only)
     plain, cost = round_cost(made.parts, made.loss_fn, optax.sgd(0.3), batch_shape(made.population, 16)), made.cost()
     assert cost.expert_bytes == plain.expert_bytes and cost.up[1] < 0.3 * plain.expert_bytes

@@ -11,7 +11,7 @@ from small_round import CLASSES, CLIENTS, EXPERTS, FEATURES, KEY
 from fedmoe_jax import alignment, models, partition
 from fedmoe_jax.base import Cohort
 from fedmoe_jax.experts import groups
-from fedmoe_jax.training import config, setup, trainer
+from fedmoe_jax.training import config, named, trainer
 
 
 def alike(*, num_experts, max_slots, fitness, load):
@@ -20,7 +20,7 @@ def alike(*, num_experts, max_slots, fitness, load):
 
 
 def test_an_aligner_of_ones_own_serves_every_group():
-    made = setup.make_aligner(config.TrainConfig(experts=EXPERTS, aligner="test_groups_training:alike"), 2)
+    made = named.make_aligner(config.TrainConfig(experts=EXPERTS, aligner="test_groups_training:alike"), 2)
     cohort = Cohort(jnp.arange(CLIENTS), jnp.ones(CLIENTS, bool), jnp.full(CLIENTS, 2))
     held = made.align(KEY, made.init(CLIENTS), cohort)[0].held
     assert (made.groups, made.num_experts) == (2, EXPERTS)

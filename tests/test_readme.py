@@ -33,6 +33,8 @@ def test_functional_api_runs_and_learns_also_from_a_file(tmp_path, monkeypatch):
     plain = names["info"]
     exec(compile(block("Stream.from_arrays"), "README", "exec"), names)
     np.testing.assert_allclose(names["info"].train_loss, losses[5:], rtol=1e-5)
+    exec(compile(block("on_mesh = "), "README", "exec"), names)
+    np.testing.assert_allclose(names["info"].train_loss, losses[0], rtol=1e-5)
     exec(compile(block("compressed = "), "README", "exec"), names)
     assert names["info"].bytes_up < 0.1 * plain.bytes_up[0] and names["info"].bytes_down < 0.3 * plain.bytes_down[0]
     exec(compile(block("guarded = "), "README", "exec"), names)

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from fedmoe_jax.training import optimizers, setup
+from fedmoe_jax.training import named, optimizers, setup
 from fedmoe_jax.training.config import ALIGNERS, FITNESSES, OPTIMIZERS, SCHEDULES, TrainConfig
 
 CONFIG = TrainConfig(population=20, cohort=5, experts=4, rounds=4, model_options={"hidden": 16})
@@ -79,7 +79,7 @@ def test_statistics_leave_solo_evaluation_as_it_is():
 @pytest.mark.parametrize("aligner", ALIGNERS)
 def test_every_aligner_and_fitness_can_be_made(aligner):
     for fitness in FITNESSES:
-        made = setup.make_aligner(dataclasses.replace(CONFIG, aligner=aligner, fitness=fitness))
+        made = named.make_aligner(dataclasses.replace(CONFIG, aligner=aligner, fitness=fitness))
         assert made.max_slots == (CONFIG.experts if aligner == "full" else CONFIG.slots)
 
 

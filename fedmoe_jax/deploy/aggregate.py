@@ -12,8 +12,8 @@ from fedmoe_jax.base import NO_EXPERT, ClientUpdate, Feedback, client_keys
 from fedmoe_jax.deploy import layout as layouts
 from fedmoe_jax.deploy.layout import Layout
 from fedmoe_jax.deploy.messages import Message
-from fedmoe_jax.experts import Slots, bind, gather, groups, num_experts, report
-from fedmoe_jax.local.cohort import batch_shape, squared_norm
+from fedmoe_jax.experts import Slots, bind, gather, groups, num_experts, report, squared_norm
+from fedmoe_jax.local.cohort import batch_shape
 from fedmoe_jax.local.primal import num_processed
 from fedmoe_jax.round import Opening, Parts, State
 from fedmoe_jax.training.setup import Setup
@@ -98,7 +98,7 @@ def closing(parts: Parts, reject_above: float | None) -> Callable[..., Any]:
         examples = feedback.examples
         mean = jnp.where(examples.sum() > 0, (loss * examples).sum() / jnp.maximum(examples.sum(), 1), jnp.nan)
         summary = mean, refused + (came & ~sound).sum()
-        outcome = aggregator.finish(total), None, (None, None, None), feedback, summary
+        outcome = aggregator.finish(total), None, (None,) * 4, feedback, summary
         return parts.finish(state, opening, trainees, seconds, came, outcome)
 
     return close

@@ -176,7 +176,7 @@ class Server:
 
     def finish(self) -> dict[str, Any]:
         """Writes weights.npz and summary.json; returns the latter's content."""
-        save_weights(self.folder / "weights.npz", self.state)
+        save_weights(self.folder / "weights.npz", self.state.experts, self.state.shared)
         summary = metrics.summarise(metrics.read(self.log.path), self.config.target, seed=self.config.seed)
         metrics.write_json(self.folder / "summary.json", summary)
         return summary

@@ -20,6 +20,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "shift": ("none",),
     **dict.fromkeys(("control_variates", "rotate"), (False,)),
     **dict.fromkeys(("compress_bits", "compress_share", "broadcast_bits", "stream"), (None,)),
+    **dict.fromkeys(("noise_multiplier", "target_epsilon", "secure_bits", "sampling_rate"), (None,)),
+    **{"devices": (None, 1), "expert_devices": (1,)},
     "availability": (1.0,),
     **dict.fromkeys(("speed_bias", "speed_jitter"), (0.0,)),
 }

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from fedmoe_jax import posterior, scaffold, store
+from fedmoe_jax import posterior, scaffold
 from fedmoe_jax.base import (
     NO_EXPERT,
     Aggregator,
@@ -25,10 +25,11 @@ from fedmoe_jax.base import (
     client_keys,
     stage_key,
 )
-from fedmoe_jax.experts import Partition, RouterParam, by_group, combine, groups, map_groups
+from fedmoe_jax.experts import Partition, RouterParam, by_group, groups, map_groups, num_experts
 from fedmoe_jax.kernels import DualKernel, is_dual, is_finite
-from fedmoe_jax.local import dual, plan, primal
+from fedmoe_jax.local import dual, plan, primal, spread
 from fedmoe_jax.local.cost import expert_bytes, plain_bytes, round_cost
+from fedmoe_jax.local.routers import own_routers
 
 
 class Received(NamedTuple):
@@ -61,6 +62,7 @@ class Trainer(NamedTuple):
     statistics_examples: int
     broadcast: Any = None
     reject_above: float | None = None
+    mesh: Any = None
 
     def optimizer(self, round: Any) -> optax.GradientTransformation:
         """The client optimizer of a round."""
@@ -108,29 +110,26 @@ class Trainer(NamedTuple):
           shared), the new control variates, sums of statistics, residuals and what a private aggregator keeps (None without),
           Feedback, (mean training loss, rejected updates).
         """
-        size = cohort.client.shape[0]
-        chunks = -(-size // self.chunk_size)
+        size, devices = cohort.client.shape[0], 1 if self.mesh is None else self.mesh.size
+        chunk = devices * min(self.chunk_size, -(-size // devices))
+        chunks = -(-size // chunk)
         order = jnp.arange(size)
         if chunks > 1:  # clients of like size side by side wait less for each other
             order = jnp.argsort(jnp.where(cohort.present, jax.vmap(population.num_examples)(cohort.client), 0))
         keys = client_keys(key, cohort.client)
-        rows = (keys, cohort.client, cohort.present, alignment.held, alignment.probed, prior)
-        rows = jax.tree.map(lambda row: _chunked(row[order], chunks, self.chunk_size), rows)
-        train_chunk = self._chunk_function(state, population, self.uses(population))
+        rows = (keys, cohort.client, cohort.client, cohort.present, alignment.held, alignment.probed, prior)
+        rows = jax.tree.map(lambda row: _chunked(row[order], chunks, chunk), rows)
         kept = state.controls, posterior.decayed(state.statistics), state.residuals
         room: tuple[Any, ...] = () if self.aggregator.private is None else (state.private,)
         if self.aggregator.collects:
-            room = chunks * self.chunk_size, alignment.held.shape[1] // len(groups(state.experts))
-        total = self.aggregator.init(state.experts, state.shared, *room)
-        (total, kept), out = jax.lax.scan(train_chunk, (total, kept), rows)
+            room = chunks * chunk, alignment.held.shape[1] // len(groups(state.experts))
+        scan = functools.partial(self.scan, key=key) if self.mesh is None else functools.partial(spread.train, self)
+        delta, kept, out = scan(state, population, rows, kept, room, self.uses(population))
         feedback, routers, loss, rejected = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][jnp.argsort(order)], out)
         feedback = Feedback(*feedback)
         examples = feedback.examples
         train_loss = jnp.where(examples.sum() > 0, (loss * examples).sum() / jnp.maximum(examples.sum(), 1), jnp.nan)
-        if self.aggregator.private is not None:
-            delta, private = self.aggregator.finish(total, stage_key(key, "noise"))  # type: ignore[call-arg]
-        else:
-            delta, private = self.aggregator.finish(total), None
+        delta, private = (delta, None) if self.aggregator.private is None else delta
         return delta, routers, (*kept, private), feedback, (train_loss, rejected.sum())
 
     def train_one(self, key, received: Received, population, client, held, probed, prior) -> tuple[Any, dict[str, Any], Any, Any]:
@@ -146,10 +145,24 @@ class Trainer(NamedTuple):
           Deltas that are rejected are zero.
         """
         uses: Any = (None,) * len(jax.tree.leaves((self.parts.experts, self.parts.shared)))
-        row = key, client, jnp.bool_(True), held, probed, prior
+        every = _received(held[None], probed[None], len(groups(self.parts.experts)))[0]
+        row = key, client, client, jnp.bool_(True), held, every, every, prior
         (shared, experts, *_), feedback, loss, rejected, *_ = self._client(received, population, uses, None, *row)
         names = (field.name for field in dataclasses.fields(Feedback))
         return (experts, shared), dict(zip(names, feedback, strict=True)), loss, rejected
+
+    def scan(self, state, population, rows, kept, room, uses, key=None) -> Any:
+        """Trains the clients of `rows` [chunk, client, ...], chunk after chunk: what `train` returns, but for clients in that order.
+
+        The rows are each client's key, its number in the population and in what clients keep, whether it is present, the experts that it
+        holds and tries, and its prior. `room` is what an aggregator needs that collects or is private, `key` what the latter does.
+        """
+        links = spread.Links(self.mesh)
+        start = self.aggregator.init(state.experts, state.shared, *room)
+        train_chunk = self._chunk_function(state, population, uses, links, start)
+        (total, kept), out = jax.lax.scan(train_chunk, (start, kept), rows)
+        noise = () if self.aggregator.private is None else (stage_key(key, "noise"),)
+        return self.aggregator.finish(links.together(self.aggregator, total), *noise), kept, out
 
     def plan(self, population: Population) -> tuple[plan.Choice, ...]:
         """The engine of each weight, and why."""
@@ -157,7 +170,10 @@ class Trainer(NamedTuple):
         steps = dual.most_steps(population, **sizes)
         balance = plan.BALANCE.get(jax.default_backend(), plan.BALANCE["gpu"])
         options: dict[str, Any] = dict(slots=self.max_slots, probes=self.probes, steps=steps, engine=self.engine, balance=balance)
-        return plan.engines(self.parts, self.loss_fn, batch_shape(population, self.batch_size), **options)
+        choices = plan.engines(self.parts, self.loss_fn, batch_shape(population, self.batch_size), **options)
+        if self.engine == "auto" and spread.Links(self.mesh).shards > 1:
+            choices = plan.without_dual_experts(choices, len(jax.tree.leaves(self.parts.experts)))
+        return choices
 
     def uses(self, population: Population) -> tuple[dual.Use | None, ...]:
         """How the dual engine uses each weight, None for those that it does not train."""
@@ -165,22 +181,27 @@ class Trainer(NamedTuple):
             return (None,) * len(jax.tree.leaves((self.parts.experts, self.parts.shared)))
         return tuple(choice.use for choice in self.plan(population))
 
-    def _chunk_function(self, state, population, uses) -> Callable[[Any, Any], Any]:
-        bases, encoder = jax.tree.leaves((state.experts, state.shared)), self.aggregator.encoder
+    def _chunk_function(self, state, population, uses, links: spread.Links, start) -> Callable[[Any, Any], Any]:
+        encoder, names = self.aggregator.encoder, groups(self.parts.experts)
 
         def train_chunk(carry, rows):
             total, (controls, statistics, residuals) = carry
-            keys, number, present, *_ = rows
-            client = jax.vmap(lambda *row: self._client(state, population, uses, controls, *row))
-            update, feedback, loss, rejected, sound, gradient, seen = client(*rows)
+            keys, client, number, present, held, probed, prior = rows
+            received = _received(held, probed, len(names))
+            local, client = links.population(population, client)
+            experts, place = links.experts(state.experts, received, names)
+            weights = dataclasses.replace(state, experts=experts)
+            bases = jax.tree.leaves((experts, state.shared))
+            one = jax.vmap(lambda *row: self._client(weights, local, uses, controls, *row))
+            update, feedback, loss, rejected, sound, gradient, seen = one(keys, client, number, present, held, received, place, prior)
             if any(uses):  # their rows are large: look at them again only if that is needed
                 update = jax.lax.cond(sound.all(), lambda update: update, functools.partial(_without, sound), update)
-            update, routers = _with_bases(ClientUpdate(*update), bases), None
+            update, routers = links.formed(_with_bases(ClientUpdate(*update), bases), place, len(names)), None
             if self.personal:  # router rows stay where they are
                 routers, experts = nnx.split_state(update.experts, RouterParam, ...)
                 update = dataclasses.replace(update, experts=experts)
             if encoder is not None:
-                update, residuals = encoder.apply(residuals, keys, number, present & sound, update, groups(self.parts.experts))
+                update, residuals = encoder.apply(residuals, keys, number, present & sound, update, names)
             if routers is not None:
                 nothing = jax.tree.map(jnp.zeros_like, routers)
                 update = dataclasses.replace(update, experts=nnx.merge_state(nothing, update.experts))
@@ -188,18 +209,22 @@ class Trainer(NamedTuple):
                 controls = scaffold.learn(controls, number, present & sound, update.held, gradient, update.tokens, update.examples)
             if seen is not None:
                 statistics = jax.tree.map(jnp.add, statistics, posterior.together(self.parts, seen, update.held))
-            return (self.aggregator.add(total, update), (controls, statistics, residuals)), (feedback, routers, loss, rejected)
+            total = links.add(self.aggregator, total, update, start, num_experts(self.parts.experts))
+            return (total, (controls, statistics, residuals)), (feedback, routers, loss, rejected)
 
         return train_chunk
 
-    def _client(self, state, population, uses, controls, key, client, present, held, probed, prior):
-        """One client: solo evaluation of what it received, training, and a check that its update is finite and not absurd."""
+    def _client(self, state, population, uses, controls, key, client, number, present, held, received, place, prior):
+        """One client: solo evaluation of what it received, training, and a check that its update is finite and not absurd.
+
+        `client` is its number in the population, `number` that in what clients keep, `place` where each expert that it receives is.
+        """
         names = groups(self.parts.experts)
         slots = held.shape[0] // len(names)
-        received = jnp.concatenate([by_group(held, len(names)), by_group(probed, len(names))], axis=1)  # [group, candidate]
-        candidates = receive(state.experts, received.reshape(-1), uses)
+        candidates = receive(state.experts, place, uses)
         if self.personal:
-            candidates = own_routers(candidates, state.personal, client, received.reshape(-1))
+            candidates = own_routers(candidates, state.personal, number, received)
+        received = by_group(received, len(names))  # [group, candidate]
         filled, solo = held != NO_EXPERT, jnp.full(received.shape, jnp.nan)
         if self.solo_examples:
             solo_key = jax.random.fold_in(key, 1)
@@ -211,7 +236,7 @@ class Trainer(NamedTuple):
         own = jax.tree.map(lambda weight: weight[:slots], candidates, is_leaf=is_dual)
         args = jax.random.fold_in(key, 0), population, client, own, state.shared, filled, prior
         if controls is not None:
-            options["correction"] = self._correction(scaffold.correction(controls, state.controls.sums, client, held), own)
+            options["correction"] = self._correction(scaffold.correction(controls, state.controls.sums, number, held), own)
         result = primal.train(*args, **options) if not any(uses) else dual.train(*args, uses=uses, **options)
         sound = jnp.stack(list(map(is_finite, jax.tree.leaves(result, is_leaf=is_dual)))).all()
         if self.reject_above is not None:
@@ -261,16 +286,6 @@ def receive(experts: Any, held: Int[Array, " slot"], uses: Any) -> Any:
     return map_groups(one, groups(experts), held, chosen)
 
 
-def squared_norm(experts: Any, shared: Any, sent: Bool[Array, " all_slots"], names: tuple[str | None, ...]) -> Float[Array, ""]:
-    """The squared norm of a client's shared weights and of the experts in some slots."""
-
-    def of_slots(sent, leaf):
-        return jnp.where(sent.reshape(-1, *(1,) * (leaf.ndim - 1)), jnp.square(leaf), 0).sum()
-
-    each = [*jax.tree.leaves(map_groups(of_slots, names, sent, experts)), *(jnp.square(leaf).sum() for leaf in jax.tree.leaves(shared))]
-    return sum(each, start=jnp.zeros(()))
-
-
 def _without(sound: Bool[Array, " client"], update: Any) -> Any:
     """The updates with zeros for those of clients that are not sound."""
     return jax.tree.map(lambda a: jnp.where(sound.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), update)
@@ -289,34 +304,9 @@ def batch_shape(population: Population, size: int) -> Any:
     return jax.eval_shape(lambda: population.batch(jnp.int32(0), jnp.arange(size)))
 
 
-def router_rows(experts: Any, num_clients: int, budget_bytes: float) -> Any:
-    """Every client's own router rows [population, expert, ...], each starting as the model's.
-
-    Raises:
-      ValueError: if the model has no RouterParam, or the rows take more than `budget_bytes`.
-    """
-    rows = nnx.split_state(experts, RouterParam, ...)[0]
-    if not jax.tree.leaves(rows):
-        raise ValueError("router is 'personal', but the model has no RouterParam")
-    return store.create(rows, num_clients, budget_bytes, "router is 'personal'")
-
-
-def own_routers(experts: Any, personal: Any, client: Int[Array, ""], held: Int[Array, " slot"]) -> Any:
-    """The gathered weights of a client's slots, with its own router rows in place of the model's."""
-    _, others = nnx.split_state(experts, RouterParam, ...)
-    return nnx.merge_state(store.of_slots(personal, client, held, groups(experts)), others)
-
-
-def keep_routers(personal: Any, experts: Any, deltas: Any, cohort: Cohort, held: Any) -> tuple[Any, Any]:
-    """Adds what each present client learnt to its own router rows, and to the model's so that they stay the population's mean."""
-    names = groups(experts)
-    num_clients, num_experts = jax.tree.leaves(personal)[0].shape[:2]
-    own = cohort.present[:, None] & (held != NO_EXPERT)
-    personal = store.add_to_slots(personal, cohort.client, cohort.present, held, deltas, names)
-    rows, others = nnx.split_state(experts, RouterParam, ...)
-    share = jnp.where(own, 1 / num_clients, 0.0)
-    rows = jax.tree.map(jnp.add, rows, combine(deltas, held, share, num_experts, names))
-    return personal, nnx.merge_state(rows, others)
+def _received(held, probed, groups):
+    """[client, all_candidates]: what each client is sent, group after group, what it holds first."""
+    return jnp.concatenate([by_group(held, groups), by_group(probed, groups)], axis=2).reshape(len(held), -1)
 
 
 def _chunked(rows, chunks, size):

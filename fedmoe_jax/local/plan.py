@@ -106,6 +106,13 @@ def engines(
     return tuple(choices)
 
 
+def without_dual_experts(choices: tuple[Choice, ...], experts: int) -> tuple[Choice, ...]:
+    """The same, the first `experts` leaves trained by the primal engine: slots are copied anyway where experts are spread over devices."""
+    reason = "experts are spread over devices"
+    of_experts = (choice._replace(use=None, reason=reason, saved=0.0) if choice.use else choice for choice in choices[:experts])
+    return (*of_experts, *choices[experts:])
+
+
 def is_linear(optimizer: optax.GradientTransformation | Callable[[Array], optax.GradientTransformation], weights: Any) -> bool:
     """Whether an optimizer acts on each entry alone and linearly, so that the dual engine can run it on coefficients.
 

@@ -2,13 +2,11 @@
 
 import contextlib
 import gc
-import json
 import logging
 import os
 import shutil
 import sys
 import threading
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from fedmoe_jax.distributed import processes
+from fedmoe_jax.training.integrity import ABOUT, changed, files, read_about, write_about
+
 SCHEMA = 2
 """Number of the form in which checkpoints are written; others are refused."""
 
-_ABOUT = "checkpoint.json"
 _SHOWN = 3  # differences named in an error
 _PATIENCE = 10.0  # seconds for a thread of Orbax to end after an error
 
@@ -42,6 +42,9 @@ class Checkpoints:
     Writing waits for the disk. Orbax can also write on a thread, which copies the state first, so that its buffers may be donated; but the
     sizes, the rename and an error of the disk would then come with the next checkpoint or not at all, to save a moment in
     `checkpoint_every` rounds.
+
+    Several processes save and restore together, each its part of the arrays; the folder must be one for all. The first one makes,
+    completes and removes.
     """
 
     def __init__(self, dir: str | Path, keep: int = 2):
@@ -70,13 +73,9 @@ class Checkpoints:
         new, failure = self.dir / f".{round}.tmp", None
         with _quiet():
             try:
-                self._clear()
-                new.mkdir(parents=True)
+                processes.by_first(lambda: self._begin(new))
                 self._checkpointer().save(new / "state", args=ocp.args.StandardSave(stored or {"": np.zeros(1)}))
-                _write_about(new, content | {"files": _files(new)})
-                if round in self.rounds():
-                    self._remove(round)
-                new.rename(self.dir / str(round))
+                processes.by_first(lambda: self._complete(new, round, content))
             except Exception as error:  # TensorStore's errors of a full disk are of several types
                 failure = _reason(error)
                 for thread in threading.enumerate():  # what still writes would do so where all is removed
@@ -87,12 +86,8 @@ class Checkpoints:
         if failure is not None:
             shutil.rmtree(new, ignore_errors=True)
             raise OSError(f"{self.dir}: the checkpoint of round {round} cannot be written ({failure})")
-        for other in self.rounds():
-            if other > round or (other in self._damaged and other != round):
-                self._remove(other)
+        processes.by_first(lambda: self._prune(round))
         self._damaged.clear()
-        for other in self.rounds()[: -self.keep]:
-            self._remove(other)
 
     def restore(
         self,
@@ -153,11 +148,26 @@ class Checkpoints:
             self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
         return self._orbax
 
-    def _clear(self):
-        """Removes what a killed run was writing or removing."""
+    def _begin(self, new):
+        """Removes what a killed run was writing or removing, and makes the folder."""
         for pattern in (".*.tmp", "*.orbax-checkpoint-tmp*"):
             for torn in self.dir.glob(pattern):
                 shutil.rmtree(torn, ignore_errors=True)
+
+        new.mkdir(parents=True)
+
+    def _complete(self, new, round, content):
+        write_about(new, {"schema": SCHEMA, **content, "files": files(new)})
+        if round in self.rounds():
+            self._remove(round)
+        new.rename(self.dir / str(round))
+
+    def _prune(self, round):
+        for other in self.rounds():
+            if other > round or (other in self._damaged and other != round):
+                self._remove(other)
+        for other in self.rounds()[: -self.keep]:
+            self._remove(other)
 
     def _remove(self, round):
         """Renames first, so that no half of a checkpoint looks like one."""
@@ -168,18 +178,18 @@ class Checkpoints:
     def _restore(self, round, template, check):
         folder, entries = self.dir / str(round), _flatten(template)
         try:
-            about = _read_about(folder)
+            about = read_about(folder)
             known = about["schema"] == SCHEMA
-            changed = _changed(dict(about["files"]), _files(folder)) if known else None
+            differs = changed(dict(about["files"]), files(folder)) if known else None
             shapes, extra = (dict(about[name]) if known else {} for name in ("shapes", "extra"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            if (folder / "extra").is_dir() and not (folder / _ABOUT).exists():
+            if (folder / "extra").is_dir() and not (folder / ABOUT).exists():
                 raise ValueError(f"{folder}: was written by an earlier version of fedmoe_jax, which alone can continue the run") from None
-            raise self._damage(round, f"{_ABOUT}: {_reason(error)}") from error
+            raise self._damage(round, f"{ABOUT}: {_reason(error)}") from error
         if not known:
             raise ValueError(f"{folder}: has the form {about['schema']!r} of another version of fedmoe_jax, this one reads {SCHEMA}")
-        if changed:
-            raise self._damage(round, changed)
+        if differs:
+            raise self._damage(round, differs)
         check(extra)
         self._compare(round, {name: _describe(value) for name, value in entries.items()}, shapes)
         wanted = {name: _abstract(value) for name, value in entries.items() if np.prod(value.shape)}
@@ -217,51 +227,6 @@ def _quiet():
     finally:
         logging.disable(level)
         threading.excepthook, sys.unraisablehook = hooks
-
-
-def _write_about(folder, content):
-    """checkpoint.json: the content, and a CRC-32 of it beside."""
-    content = {"schema": SCHEMA, **content}
-    with open(folder / _ABOUT, "w", encoding="utf-8") as file:
-        json.dump({"crc32": _text_crc(content), "content": content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_about(folder):
-    about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-    if about["crc32"] != _text_crc(about["content"]):
-        raise ValueError("not what was written")
-    return about["content"]
-
-
-def _text_crc(content):
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _files(folder):
-    """Size and CRC-32 of every file of a checkpoint but checkpoint.json, which by then are on the disk."""
-    return {
-        path.relative_to(folder).as_posix(): _size_and_crc(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / _ABOUT
-    }
-
-
-def _size_and_crc(path):
-    size = crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-        os.fsync(file.fileno())
-    return [size, crc]
-
-
-def _changed(written, found):
-    """What differs between the files of a checkpoint as written and as found, or None."""
-    missing = [f"{name} is missing" for name in written if name not in found]
-    others = [f"{name} is not what was written" for name in found if written.get(name) != found[name]]
-    return next(iter(missing + others), None)
 
 
 def _reason(error):

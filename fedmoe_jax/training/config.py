@@ -17,8 +17,7 @@ from fedmoe_jax.training.fields import Options, UsageError, to_toml
 __all__ = ["TrainConfig", "UsageError", "from_toml", "located", "num_clients", "parse", "to_toml", "validate"]
 
 MAX_INT = 2**31 - 1  # of whole numbers, as devices count
-SPLITS = ("iid", "dirichlet", "classes", "natural")
-MODELS = ("mlp", "resnet", "transformer")
+SPLITS, MODELS = ("iid", "dirichlet", "classes", "natural"), ("mlp", "resnet", "transformer")
 ALIGNERS = ("random", "greedy", "load_only", "balanced", "full")
 FITNESSES = ("solo", "ranked_solo", "loss", "accuracy", "usage")
 ROUTERS = ("shared", "personal", "soft", "statistics")
@@ -26,10 +25,9 @@ PROFILES, PROFILE_FILES = tuple(SOURCES), (".json", ".jsonl")
 LOSSES, PULLED = ("cross_entropy", "balanced_softmax"), ("all", "shared", "router")
 ASSIGNMENTS, ENGINES = ("shared", "per_layer"), ("auto", "primal", "dual")
 AGGREGATORS = ("mean", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median")
-DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "adam", "adamw", "fedadam", "lion", "rmsprop", "yogi")
+DTYPES, SCHEDULES = ("float32", "bfloat16"), ("constant", "cosine", "linear")
 DIVERGENCES = ("continue", "stop", "rollback")
-SCHEDULES = ("constant", "cosine", "linear")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +169,11 @@ class TrainConfig:
     dtype: str = "float32"
     """Type of the computation: float32 or bfloat16."""
     chunk: int | None = None
-    """Clients trained at once; chosen from the memory if not given."""
+    """Clients trained at once on a device; chosen from the memory if not given."""
+    devices: int | None = None
+    """Devices that share the work of a round; 1 if not given, but all of those of several processes."""
+    expert_devices: int = 1
+    """Of these devices so many share the experts, each keeping its part; must divide both."""
     stream: int | None = None
     """Rounds whose examples go to the device at once, those of the next ones while it computes; all examples are there if not given."""
     seed: int = 0
@@ -212,8 +214,8 @@ _NAMES = {
 _CUSTOM = ("model", "aligner", "profile")
 _LEAST = {
     **dict.fromkeys(("classes_per_client", "population", "cohort", "experts", "slots", "top_k", "rounds", "local_epochs"), 1),
+    **dict.fromkeys(("local_steps", "batch_size", "eval_every", "checkpoint_every", "chunk", "stream", "devices", "expert_devices"), 1),
     "min_holders": 1,
-    **dict.fromkeys(("local_steps", "batch_size", "eval_every", "checkpoint_every", "chunk", "stream"), 1),
     **dict.fromkeys(("domains", "compress_bits", "broadcast_bits"), 2),
     **dict.fromkeys(("shared_experts", "probes", "seed", "balance_weight", "prox", "router_prior", "tolerance"), 0),
     **dict.fromkeys(("demand", "agreement", "least_spread", "speed_bias", "speed_jitter", "bad_share"), 0),

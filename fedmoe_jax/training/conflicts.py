@@ -26,6 +26,8 @@ def problem(config: Any, name: str, value: Any) -> str | None:
         return f"goes with fitness solo or ranked_solo, whose scores it is on, not {config.fitness}"
     if name == "secret_cohorts" and value:
         return _of_secret_cohorts(config)
+    if name in ("devices", "expert_devices") and value > 1 and is_private(config):
+        return f"must be 1 with noise_multiplier or target_epsilon, whose noise is drawn on one device, got {value}"
     if name == "sampling_rate" and num_clients(config) is None:
         return "needs population with the natural split"
     other = _MOST_FIELD.get(name)

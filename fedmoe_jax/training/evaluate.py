@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmoe_jax import alignment, posterior
+from fedmoe_jax import alignment, posterior, sharding
 from fedmoe_jax.alignment.aligner import AlignerState
 from fedmoe_jax.alignment.fitness import FitnessState
 from fedmoe_jax.base import NO_EXPERT, Aligner, Alignment, Batch, Cohort, stage_key
 from fedmoe_jax.data import sources
 from fedmoe_jax.experts import Slots, bind, gather, groups, num_experts
-from fedmoe_jax.local.cohort import own_routers
+from fedmoe_jax.local.routers import own_routers
 from fedmoe_jax.nn.moe import mix_all
 from fedmoe_jax.round import State
 from fedmoe_jax.training import metrics
@@ -91,7 +91,7 @@ def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], di
         rows = [(cohort.client, each.held, setup.config.router_prior * each.centred, labels) for each in alignments]
         rows = jax.tree.map(lambda *columns: jnp.concatenate(columns), *rows)
         each = jax.lax.map(lambda row: accuracy(state, holdout, *row), rows, batch_size=min(chunk, _CHUNK, cohort.client.shape[0]))
-        return jnp.concatenate(jnp.split(each, len(alignments)), axis=1)
+        return sharding.everywhere(jnp.concatenate(jnp.split(each, len(alignments)), axis=1), setup.mesh)
 
     def run(state: State) -> dict[str, Any]:
         each = np.asarray(evaluate(state, setup.holdout, setup.admit(everyone, state.pace[everyone], cost), setup.label_prior))
@@ -151,6 +151,7 @@ def restored(folder: Path, config: TrainConfig) -> tuple[int, Setup, State]:
         from fedmoe_jax.deploy import server
 
         return server.restored(folder, config)
+    config = dataclasses.replace(config, devices=None, expert_devices=1)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         setup = build(config)
         template = setup.algorithm(1).init(jax.random.key(config.seed), setup.population)

@@ -14,7 +14,7 @@ from jaxtyping import Array, PyTree
 from fedmoe_jax import models, posterior
 from fedmoe_jax.base import NO_EXPERT
 from fedmoe_jax.experts import ExpertParam, Partition, Slots, bind, gather, partition
-from fedmoe_jax.local.cohort import own_routers
+from fedmoe_jax.local.routers import own_routers
 from fedmoe_jax.nn.moe import mix_all
 from fedmoe_jax.round import State
 from fedmoe_jax.training.clients import evaluated

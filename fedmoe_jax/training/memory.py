@@ -6,6 +6,8 @@ import sys
 
 import jax
 
+from fedmoe_jax.distributed import processes
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a JAX error says that the device's memory did not suffice."""
@@ -13,9 +15,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_bytes() -> float:
-    """Total memory of the first device; for a CPU that of the machine."""
+    """Total memory of the first device; for a CPU its share of that of the machine. Of several processes the least."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return float(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return processes.least(float(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()))
 
 
 def peak_memory_bytes() -> int:

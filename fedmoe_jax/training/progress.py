@@ -21,11 +21,12 @@ class Progress:
     Args:
       total_rounds: rounds of the whole run, those of an earlier part included.
       stream: text file to write to, standard output if None.
+      quiet: show nothing.
     """
 
-    def __init__(self, total_rounds: int, stream: Any = None):
+    def __init__(self, total_rounds: int, stream: Any = None, quiet: bool = False):
         self.total_rounds = total_rounds
-        self._console = Console(file=stream or sys.stdout, highlight=False, markup=False)
+        self._console = Console(file=stream or sys.stdout, highlight=False, markup=False, quiet=quiet)
         self._clock = _Clock()
         self._seen: dict[str, dict[str, Any]] = {}  # of each run
         self._run, self._done = "", 0

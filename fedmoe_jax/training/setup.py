@@ -2,30 +2,31 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from fedmoe_jax import aggregation, alignment, models
-from fedmoe_jax.alignment import fitness, holders, load
-from fedmoe_jax.base import Aggregator, Aligner, Cohort, Fitness, RoundCost
+from fedmoe_jax import distributed, models
+from fedmoe_jax.alignment import fitness
+from fedmoe_jax.base import Aligner, Cohort, Fitness, RoundCost
 from fedmoe_jax.conditions import varying
 from fedmoe_jax.data import partition as splits
 from fedmoe_jax.data import sources
 from fedmoe_jax.data.population import Population
+from fedmoe_jax.distributed import processes
 from fedmoe_jax.experts import Partition, groups, partition
 from fedmoe_jax.local.cohort import batch_shape
 from fedmoe_jax.local.cost import round_cost
 from fedmoe_jax.local.plan import chunk_size
 from fedmoe_jax.local.primal import num_processed
 from fedmoe_jax.round import STATISTICS_BATCHES, Algorithm, State, admit, federated_moe
-from fedmoe_jax.training import accountant, clients
-from fedmoe_jax.training.config import MODELS, TrainConfig, num_clients
-from fedmoe_jax.training.foreign import foreign
+from fedmoe_jax.training import clients
+from fedmoe_jax.training.config import MODELS, TrainConfig
+from fedmoe_jax.training.named import aggregator, broadcast, make_aligner, make_fitness
 from fedmoe_jax.training.optimizers import client_optimizer, server_optimizer
 from fedmoe_jax.training.stream import Stream
 from fedmoe_jax.training.weights import load_weights
@@ -38,14 +39,15 @@ LOCAL_TEST_FRACTION = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run is made of. `population` holds the clients' training examples, `holdout` their own test splits.
+    """What a run is made of. `population` holds the clients' training examples, `holdout` their own test splits. With a `mesh`
+    the population is a `distributed.ShardedPopulation` there, and what evaluation needs is on each of its devices.
 
     `label_prior` is that of `clients.label_prior`. `digests` tell whether data and profiles are the same as before.
     With a `stream`, which then has the training examples, the population knows their number only. `solo` settles `solo_examples`.
     """
 
     config: TrainConfig
-    population: Population
+    population: Any
     holdout: Population
     test: tuple[jax.Array, jax.Array]
     num_classes: int
@@ -59,6 +61,7 @@ class Setup:
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     check: bool = False
     solo: int | None = None
+    mesh: Mesh | None = None
 
     def algorithm(self, chunk: int) -> Algorithm:
         """The round, with `chunk` clients trained side by side."""
@@ -72,7 +75,7 @@ class Setup:
             deadline=config.deadline, chunk_size=chunk, conditions=conditions,
             solo_examples=self.solo_examples, engine=config.engine, control_variates=config.control_variates,
             aggregator=aggregator(config), broadcast=broadcast(config), reject_above=config.reject_above, check=self.check,
-            min_holders=config.min_holders, sampling_rate=config.sampling_rate,
+            min_holders=config.min_holders, sampling_rate=config.sampling_rate, mesh=self.mesh,
         )  # fmt: skip
 
     def aligner_scores(self, state: State) -> Any:
@@ -90,6 +93,7 @@ class Setup:
         def known(learnt: fitness.FitnessState) -> jax.Array:
             return jnp.where(learnt.value[client] == prior, jnp.nan, self.fitness.score(learnt, client))
 
+        learnt = processes.gathered(learnt)
         return np.asarray(known(learnt)) if self.aligner.groups == 1 else np.concatenate(jax.vmap(known)(learnt), axis=1)
 
     @functools.cached_property
@@ -142,11 +146,11 @@ class Setup:
         return admit(self.population, client, cost, self.aligner, deadline=config.deadline, examples=examples, pace=pace)[0]
 
     def chunk(self, memory_bytes: float) -> int:
-        """The configured chunk, or the one that fits into `memory_bytes`."""
+        """The configured chunk, or the one that fits into `memory_bytes` of a device."""
         return self.fitting(memory_bytes) if self.config.chunk is None else min(self.config.chunk, self.config.cohort)
 
     def fitting(self, memory_bytes: float) -> int:
-        """Clients that train side by side in `memory_bytes`, at most the cohort."""
+        """Clients that train side by side in `memory_bytes`, at most the cohort or a device's share of it."""
         saved = sum(choice.saved for choice in self.algorithm(self.config.cohort).plan(self.population))
         return self._chunk(memory_bytes, saved)
 
@@ -155,7 +159,8 @@ class Setup:
         return self._chunk(memory_bytes, 0.0)
 
     def _chunk(self, memory_bytes: float, saved: float) -> int:
-        sizes = dict(cohort_size=self.config.cohort, max_slots=self.aligner.max_slots, probes=self.aligner.probes)
+        each = -(-self.config.cohort // (1 if self.mesh is None else self.mesh.size))
+        sizes = dict(cohort_size=each, max_slots=self.aligner.max_slots, probes=self.aligner.probes)
         return chunk_size(self.cost(), **sizes, memory_bytes=memory_bytes, saved=saved)
 
 
@@ -165,6 +170,7 @@ def build(config: TrainConfig) -> Setup:
     Raises:
       ValueError: naming the field that cannot be.
     """
+    mesh = make_mesh(config)
     dataset = sources.load(config.data)  # a test set that must be drawn is the same for every seed
     owners, content = clients.split(config, dataset), dataset.digest()
     dataset = clients.shifted(config, dataset, owners)
@@ -177,14 +183,45 @@ def build(config: TrainConfig) -> Setup:
     if config.stream is not None:
         stream, of_test = (Stream.from_arrays(dataset.x, dataset.y, owned, profile) for owned in (train, held_out))
         holdout = of_test.window(np.asarray(clients.evaluated(len(owners))))
-        return dataclasses.replace(assemble(config, stream.index, holdout, test, labels), stream=stream, digests=digests)
-    x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
+        made = dataclasses.replace(assemble(config, stream.index, holdout, test, labels), stream=stream, digests=digests)
+        return _on(mesh, made)
     if (needed := 4 * len(train) * dataset.num_classes) > MOST_LABEL_BYTES and config.loss == "balanced_softmax":
         raise ValueError(f"loss: balanced_softmax keeps a number for each client and class, which takes {needed} bytes of at most 4e9")
     prior = clients.label_prior(dataset, train, np.arange(len(train))) if config.loss == "balanced_softmax" else None
-    population = Population.from_arrays(x, y, train, profile, prior)
-    holdout = Population.from_arrays(x, y, held_out, profile)
-    return dataclasses.replace(assemble(config, population, holdout, test, labels), digests=digests)
+    population: Any
+    if mesh is not None:
+        population = distributed.from_arrays(dataset.x, dataset.y, train, profile, prior, mesh=mesh)
+        holdout = Stream.from_arrays(dataset.x, dataset.y, held_out, profile).window(np.asarray(clients.evaluated(len(owners))))
+    else:
+        x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
+        population, holdout = (Population.from_arrays(x, y, owned, profile, own) for owned, own in ((train, prior), (held_out, None)))
+    return _on(mesh, dataclasses.replace(assemble(config, population, holdout, test, labels), digests=digests))
+
+
+def make_mesh(config: TrainConfig) -> Mesh | None:
+    """The devices that a configuration names, None for one.
+
+    Raises:
+      ValueError: naming the field that cannot be.
+    """
+    found, parts = len(jax.devices()), config.expert_devices
+    number = config.devices or (parts if jax.process_count() == 1 else found)
+    if number > found or (number < found and jax.process_count() > 1):
+        what = "at most the number there is" if jax.process_count() == 1 else "all those of all processes"
+        raise ValueError(f"devices: must be {what} ({found}), got {number}")
+    if config.stream is not None and jax.process_count() > 1:
+        raise ValueError("stream: does not go with several processes, each of which has the examples of its own devices' clients only")
+    if number % parts or config.experts % parts:
+        raise ValueError(f"expert_devices: must divide devices ({number}) and experts ({config.experts}), got {parts}")
+    return None if number == 1 else distributed.mesh(number // parts, parts)
+
+
+def _on(mesh: Mesh | None, setup: Setup) -> Setup:
+    """The setup on a mesh. Windows of a stream go to all of its devices."""
+    if mesh is None:
+        return setup
+    holdout, test, prior = distributed.everywhere((setup.holdout, setup.test, setup.label_prior), mesh)
+    return dataclasses.replace(setup, mesh=mesh, holdout=holdout, test=test, label_prior=prior)
 
 
 def variant(setup: Setup, config: TrainConfig) -> Setup:
@@ -199,9 +236,10 @@ def assemble(config: TrainConfig, population: Population, holdout: Population, t
     Raises:
       ValueError: naming the field that cannot be.
     """
-    if config.augment and population.x.ndim not in (3, 4):
-        raise ValueError(f"augment: {config.data} has examples of shape {population.x.shape[1:]}, only images can be mirrored and shifted")
-    model = models.create(**architecture(config, population.x.shape[1:], labels["num_classes"]))
+    shape = test[0].shape[1:]
+    if config.augment and len(shape) not in (2, 3):
+        raise ValueError(f"augment: {config.data} has examples of shape {shape}, only images can be mirrored and shifted")
+    model = models.create(**architecture(config, shape, labels["num_classes"]))
     if config.init_from is not None:
         load_weights(model, config.init_from)
     parts = partition(model)
@@ -237,72 +275,3 @@ def architecture(config: TrainConfig, input_shape: tuple[int, ...], num_classes:
         name=config.model, input_shape=input_shape, num_classes=num_classes, num_experts=config.experts, top_k=config.top_k,
         seed=config.seed, dtype=None if config.dtype == "float32" else jnp.bfloat16, per_layer=config.assignment == "per_layer", **options,
     )  # fmt: skip
-
-
-def make_fitness(config: TrainConfig) -> Fitness:
-    """The fitness that a configuration names."""
-    scores = {
-        "solo": lambda: fitness.solo(beta=config.beta, probes=config.probes),
-        "ranked_solo": lambda: fitness.ranked(fitness.solo(beta=config.beta, probes=config.probes)),
-        "loss": lambda: fitness.loss_driven(beta=config.beta),
-        "accuracy": lambda: fitness.accuracy_driven(beta=config.beta),
-        "usage": lambda: fitness.usage_driven(beta=config.beta),
-    }
-    return scores[config.fitness]()
-
-
-def make_aligner(config: TrainConfig, groups: int = 1) -> Aligner:
-    """The aligner that a configuration names, for so many groups of experts."""
-    monitor = holders.at_least(load.monitor(tolerance=config.tolerance, demand=config.demand), config.min_holders)
-    common: dict[str, Any] = dict(fitness=make_fitness(config), load=monitor)
-    if config.aligner == "full":
-        return alignment.full(num_experts=config.experts, groups=groups, **common)
-    common |= dict(num_experts=config.experts, max_slots=config.slots)
-    if ":" in config.aligner:
-        made = foreign(config.aligner, "aligner", Aligner, **common)
-        if groups > 1 and made.num_experts is None:
-            made = made._replace(num_experts=config.experts)
-        return alignment.grouped(made, groups)
-    if config.aligner == "balanced":
-        common["least_spread"] = config.least_spread
-    return getattr(alignment, config.aligner)(groups=groups, **common)
-
-
-def aggregator(config: TrainConfig) -> Aggregator:
-    """What makes one update of many, which are clipped and compressed first where a configuration says so."""
-    rules: dict[str, Callable[[], Aggregator]] = {
-        "mean": lambda: aggregation.mean(agreement=config.agreement),
-        "trimmed_mean": lambda: aggregation.trimmed_mean(share=config.bad_share),
-        "krum": lambda: aggregation.krum(byzantine=config.bad_share),
-        "multi_krum": lambda: aggregation.krum(byzantine=config.bad_share, keep=None),
-    }
-    noise, transforms = accountant.multiplier(config), []
-    if config.clip_quantile is not None and config.clip_norm is not None:
-        deviation = max(config.cohort / 20, noise or 0.0)
-        transforms.append(aggregation.adaptive_clip(norm=config.clip_norm, quantile=config.clip_quantile, deviation=deviation))
-    elif config.clip_norm is not None:
-        transforms.append(aggregation.clip(norm=config.clip_norm))
-    if config.compress_share is not None:
-        transforms.append(aggregation.sparsify(share=config.compress_share))
-    if config.compress_bits is not None:
-        transforms.append(aggregation.quantize(bits=config.compress_bits, rotate=config.rotate))
-    if noise is not None:
-        transforms.append(aggregation.gaussian_noise(noise_multiplier=noise, feedback_multiplier=config.feedback_noise))
-    if noise is not None or config.secure_bits is not None:
-        return aggregation.chain(*transforms, _fixed_mean(config))
-    rule = rules.get(config.aggregator) or getattr(aggregation, config.aggregator)
-    return aggregation.chain(*transforms, rule())
-
-
-def _fixed_mean(config: TrainConfig) -> Aggregator:
-    """A mean over what clients and holders are to be expected."""
-    drawn = config.cohort if config.sampling_rate is None else config.sampling_rate * (num_clients(config) or 0)
-    expected = config.availability * drawn
-    share = 1.0 if config.aligner == "full" else config.slots / config.experts
-    point = None if config.secure_bits is None else aggregation.FixedPoint(config.secure_bits, config.cohort)
-    return aggregation.fixed_mean(clients=expected, holders=share * expected, fixed_point=point)
-
-
-def broadcast(config: TrainConfig) -> aggregation.Transform | None:
-    """What becomes of weights on their way to clients."""
-    return None if config.broadcast_bits is None else aggregation.quantize(bits=config.broadcast_bits, rotate=config.rotate)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fedmoe_jax.data.population import Population
+from fedmoe_jax.distributed import processes
 from fedmoe_jax.info import Info
 from fedmoe_jax.round import State, rounds
 from fedmoe_jax.training import accountant, divergence, metrics
@@ -27,7 +28,7 @@ from fedmoe_jax.training.report import write_report
 from fedmoe_jax.training.setup import Setup, build
 from fedmoe_jax.training.weights import save_weights
 
-_MAY_CHANGE = ("chunk",)  # fields that --resume may give otherwise: results change by rounding only
+_MAY_CHANGE = ("chunk", "devices", "expert_devices")  # fields that --resume may give otherwise: results change by rounding only
 
 Callback = Callable[[State, Record], Any]
 """callback(state, record), called after each round's record is written, again where a run goes back.
@@ -52,7 +53,7 @@ def train(
       out: folder that is absent, empty, or with `resume` the run to continue.
       resume: continue the run in `out`; a finished one is left alone.
       trace: folder for a JAX profile of the second block of rounds, which compiles nothing; of the first if it is the only one.
-      callback: see `Callback`.
+      callback: see `Callback`. Of several processes the first one calls it.
       check: look in every round whether `invariants.NAMES` hold.
 
     Returns:
@@ -68,46 +69,55 @@ def train(
     validate(config)
     accountant.of_run(config, config.rounds)
     config, out = located(config), Path(out)
-    claim(out, config, resume)
+    processes.by_first(lambda: claim(out, config, resume))
     if resume and (out / "summary.json").exists():
         return _finished(out)
     log, checkpoints = MetricsLog(out / "metrics.jsonl"), Checkpoints(out / "checkpoints")
     started = resume and checkpoints.latest() is not None  # then what it started from is not needed
-    with Interrupts() as interrupts, checkpoints, Progress(config.rounds) as progress:
+    first = processes.is_first()
+    with Interrupts() as interrupts, checkpoints, Progress(config.rounds, quiet=not first) as progress:
         setup = build(dataclasses.replace(config, init_from=None) if started else config)
         run = Run(dataclasses.replace(setup, check=check), note=progress.note)
-        with alone(out):
-            claim(out, config, resume)
-            for torn in filter(metrics.is_unfinished, out.iterdir()):
-                torn.unlink()
-            metrics.write_text(out / "config.toml", to_toml(config))
+        with alone(out) if first else contextlib.nullcontext():
+            processes.by_first(lambda: _begin(out, config, resume))
             if resume:
                 run.restore(checkpoints, most=log.whole())
-                log.truncate(run.done)
+                processes.by_first(lambda: log.truncate(run.done))
             with interrupts.deferred():
-                for (record,) in run.blocks(checkpoints, trace, stop=interrupts.pending, returned=log.truncate):
-                    log.append(record)
-                    progress.update(record)
-                    if callback is not None:
+                back = lambda done: processes.by_first(lambda: log.truncate(done))  # noqa: E731
+                for (record,) in run.blocks(checkpoints, trace, stop=lambda: processes.anyone(interrupts.pending()), returned=back):
+                    if first:
+                        log.append(record)
+                        progress.update(record)
+                    if first and callback is not None:
                         callback(run.state, record)
-            return _finish(out, run, log)
+            scores, weights = run.setup.aligner_scores(run.state), processes.gathered((run.state.experts, run.state.shared))
+            processes.by_first(lambda: _finish(out, run, log, weights, scores))
+            return metrics.read_json(out / "summary.json")
 
 
-def _finish(out: Path, run: "Run", log: MetricsLog) -> dict[str, Any]:
+def _begin(out: Path, config: TrainConfig, resume: bool) -> None:
+    """Writes what a run leaves at its start."""
+    claim(out, config, resume)
+    for torn in filter(metrics.is_unfinished, out.iterdir()):
+        torn.unlink()
+    metrics.write_text(out / "config.toml", to_toml(config))
+
+
+def _finish(out: Path, run: "Run", log: MetricsLog, weights: Any, scores: Any) -> None:
     """Writes what a run leaves at its end, summary.json and then the report last."""
-    save_weights(out / "weights.npz", run.state)
+    save_weights(out / "weights.npz", *weights)
     records, config = metrics.read(log.path), run.setup.config
     summary = metrics.summarise(records, config.target, seed=config.seed) | accountant.account(config, len(records))
-    draw_run(records, out / "plots", run.setup.aligner_scores(run.state))
+    draw_run(records, out / "plots", scores)
     metrics.write_json(out / "summary.json", summary)
     write_report(out)
-    return summary
 
 
 def _finished(out: Path) -> dict[str, Any]:
     """The summary of a run that has ended, with the report that it may have been about to write."""
     summary = metrics.read_json(out / "summary.json")
-    if not (out / "report.html").exists():
+    if processes.is_first() and not (out / "report.html").exists():
         write_report(out)
     return summary
 

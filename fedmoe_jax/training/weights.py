@@ -9,13 +9,12 @@ from flax import nnx
 
 from fedmoe_jax.data.npz import read_npz
 from fedmoe_jax.experts import partition
-from fedmoe_jax.round import State
 from fedmoe_jax.training.metrics import write_bytes
 
 
-def save_weights(path: Path, state: State) -> None:
-    """Writes the global model's weights as an .npz of named arrays, atomically."""
-    named = {"/".join(map(str, key)): np.asarray(value) for key, value in _named(state.experts, state.shared).items()}
+def save_weights(path: Path, *weights: nnx.State) -> None:
+    """Writes the global model's weights, of experts and shared, as an .npz of named arrays, atomically."""
+    named = {"/".join(map(str, key)): np.asarray(value) for key, value in _named(*weights).items()}
     write_bytes(path, lambda file: np.savez(file, allow_pickle=False, **named))
 
 
