@@ -218,7 +218,7 @@ def federated_moe(
         if check:
             seen = (cohort, trainees, alignment, feedback, info.load, tokens, (weights, shared), aligner.groups)
             info = dataclasses.replace(info, invariants=invariants.holding(*seen))
-        return sharding.keep(new, population.num_clients, mesh), sharding.everywhere(info, mesh)
+        return sharding.keep(new, state.pace.shape[0], mesh), sharding.everywhere(info, mesh)
 
     @jax.jit
     def step(state: State, population: Population) -> tuple[State, Info]:
