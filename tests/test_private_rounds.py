@@ -14,7 +14,7 @@ from test_cli import TINY
 from fedmoe_jax import aggregation, cli, sampling
 from fedmoe_jax.aggregation.privacy import update_multiplier
 from fedmoe_jax.data.population import Population
-from fedmoe_jax.training import metrics
+from fedmoe_jax.training import metrics, report
 
 NOISE, NORM, DEVIATION, RATE = 1.5, 0.1, 2.0, 0.4
 FIXED = aggregation.fixed_mean(clients=5.0, holders=2.5)
@@ -141,3 +141,13 @@ def test_the_command_ends_with_what_is_spent(tmp_path, capsys):
     assert cli.main(["report", str(folder)]) == 0 and (folder / "report.html").read_text() == page
     assert cli.main(["train", *TINY, "--noise_multiplier", "1", "--out", str(tmp_path / "other")]) == 2
     assert capsys.readouterr().err == "fedmoe train: noise_multiplier: needs clip_norm, the most that a client's update may count\n"
+
+
+def test_a_report_tells_what_was_saved_and_names_what_is_damaged():
+    saved = {"epsilon": None, "delta": 1e-6, "rounds": 7, "assumption": "none"}
+    assert "infinite epsilon at delta 1e-06 after 7 rounds: none" in report._privacy({"privacy": saved}, {}, 0)
+    assert report._privacy({}, {"clip_norm": 1.0}, 3) == ""
+    assert "not known" in report._privacy({}, {"noise_multiplier": 1.0, "no_field": 2}, 3)
+    for damaged in ([1], {"epsilon": 1.0}, {**saved, "epsilon": "much"}):
+        with pytest.raises(ValueError, match=r"summary.json: its privacy is damaged"):
+            report._privacy({"privacy": damaged}, {}, 0)
