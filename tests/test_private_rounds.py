@@ -25,7 +25,7 @@ CHAIN = aggregation.chain(
 
 @functools.cache
 def private():
-    """The least trained experts first, scores that are withheld, clipping that adapts, and Poisson samples of at most 5 clients, in chunks."""
+    """The least trained experts first, scores withheld, clipping that adapts, Poisson samples of at most 5 clients, in chunks."""
     return algorithm(aggregator=CHAIN, aligner=aligner("load_only"), solo_examples=4, deadline=30.0, sampling_rate=RATE, chunk_size=2)
 
 
