@@ -163,6 +163,8 @@ REFUSED = {
     "feedback_noise: goes with fitness solo or ranked_solo, whose scores it is on, not usage": dict(feedback_noise=2.0, fitness="usage"),
     "secret_cohorts: goes with aligner random or full and min_holders 1 only": dict(secret_cohorts=True),
     "secret_cohorts: does not go with feedback_noise": dict(secret_cohorts=True, aligner="random", feedback_noise=1.0),
+    "secret_cohorts: does not go with compress_share": dict(secret_cohorts=True, aligner="random", compress_share=0.1),
+    "secret_cohorts: does not go with deadline": dict(secret_cohorts=True, aligner="random", deadline=1.0),
     "secret_cohorts: needs population": dict(secret_cohorts=True, aligner="random", split="natural"),
     "sampling_rate: needs population with the natural split": dict(sampling_rate=0.1, split="natural"),
     "sampling_rate: must be at most 1": dict(sampling_rate=1.5),

@@ -14,7 +14,7 @@ from test_cli import TINY
 from fedmoe_jax import aggregation, cli, sampling
 from fedmoe_jax.aggregation.privacy import update_multiplier
 from fedmoe_jax.data.population import Population
-from fedmoe_jax.training import metrics
+from fedmoe_jax.training import metrics, report
 
 NOISE, NORM, DEVIATION, RATE = 1.5, 0.1, 2.0, 0.4
 FIXED = aggregation.fixed_mean(clients=5.0, holders=2.5)
@@ -24,11 +24,9 @@ CHAIN = aggregation.chain(
 
 
 @functools.cache
-def private(chunk_size=5):
-    """The least trained experts first, scores that are withheld, clipping that adapts, and Poisson samples of at most 5 clients."""
-    return algorithm(
-        aggregator=CHAIN, aligner=aligner("load_only"), solo_examples=4, deadline=30.0, sampling_rate=RATE, chunk_size=chunk_size
-    )
+def private():
+    """The least trained experts first, scores withheld, clipping that adapts, Poisson samples of at most 5 clients, in chunks."""
+    return algorithm(aggregator=CHAIN, aligner=aligner("load_only"), solo_examples=4, deadline=30.0, sampling_rate=RATE, chunk_size=2)
 
 
 def other_data():
@@ -52,6 +50,7 @@ def test_with_withheld_scores_nothing_but_the_models_depends_on_the_data():
     assert first.tokens.tolist() != second.tokens.tolist()  # what the server would learn without noise
     assert (one.aligner.fitness.value == 1).all() and distance(weights(one), weights(other)) > 1e-3
     np.testing.assert_array_equal(one.last_trained, [2] * EXPERTS)
+    assert abs(float(one.private) - NORM) > 0.01
 
 
 def test_where_nobody_is_every_number_still_gets_noise_of_the_stated_scale():
@@ -73,13 +72,6 @@ def test_where_nobody_is_every_number_still_gets_noise_of_the_stated_scale():
         for a, b in ((before, after), (after, again))
     )
     assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.9  # other noise in each round
-
-
-def test_chunks_change_rounding_only():
-    whole, chunked = (run(private(size), population(), 3)[0] for size in (5, 2))
-    assert distance(weights(whole), weights(chunked)) < 1e-4
-    np.testing.assert_allclose(whole.private, chunked.private, rtol=1e-5)
-    assert abs(float(whole.private) - NORM) > 0.01
 
 
 def test_rounds_with_a_sampling_rate_train_those_who_are_drawn():
@@ -141,3 +133,13 @@ def test_the_command_ends_with_what_is_spent(tmp_path, capsys):
     assert cli.main(["report", str(folder)]) == 0 and (folder / "report.html").read_text() == page
     assert cli.main(["train", *TINY, "--noise_multiplier", "1", "--out", str(tmp_path / "other")]) == 2
     assert capsys.readouterr().err == "fedmoe train: noise_multiplier: needs clip_norm, the most that a client's update may count\n"
+
+
+def test_a_report_tells_what_was_saved_and_names_what_is_damaged():
+    saved = {"epsilon": None, "delta": 1e-6, "rounds": 7, "assumption": "none"}
+    assert "infinite epsilon at delta 1e-06 after 7 rounds: none" in report._privacy({"privacy": saved}, {}, 0)
+    assert report._privacy({}, {"clip_norm": 1.0}, 3) == ""
+    assert "not known" in report._privacy({}, {"noise_multiplier": 1.0, "no_field": 2}, 3)
+    for damaged in ([1], {"epsilon": 1.0}, {**saved, "epsilon": "much"}):
+        with pytest.raises(ValueError, match=r"summary.json: its privacy is damaged"):
+            report._privacy({"privacy": damaged}, {}, 0)

@@ -10,7 +10,8 @@ withheld a second one; noise multipliers z and f together are one of (z^-2 + f^-
   fixed     the same, but a cohort is a uniform sample of a fixed size, unseen.
 
 The last two, amplification by sampling, need aligners that look at each client alone, such as `random` and `full`: others give clients
-other experts where one is not in the cohort. They need withheld scores, too, as what a client reports tells that it was there.
+other experts where one is not in the cohort. They need withheld scores, too, as what a client reports tells that it was there, and that
+nothing is kept of the rounds in which it was: no error feedback and, with a deadline, no pace.
 """
 
 import functools

@@ -70,4 +70,7 @@ def _of_secret_cohorts(config):
         return "goes with aligner random or full and min_holders 1 only: others give clients other experts where one is not in the cohort"
     if num_clients(config) is None:
         return "needs population with the natural split"
+    if config.compress_share is not None or config.deadline is not None:
+        what = "compress_share" if config.compress_share is not None else "deadline"
+        return f"does not go with {what}, for which something is kept of the rounds in which a client was"
     return "does not go with feedback_noise, since scores tell who was there" if config.feedback_noise is not None else None

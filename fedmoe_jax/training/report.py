@@ -113,7 +113,7 @@ def _privacy(saved, config, rounds):
         except (TypeError, ValueError) as error:
             return _section("Privacy", _pairs([("not known", error)]))
     try:
-        return "" if spent is None else _section("Privacy", _pairs([("spent", accountant.told(spent))]))
+        return "" if spent is None else _section("Privacy", _pairs([("spent by a run", accountant.told(spent))]))
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"summary.json: its privacy is damaged ({type(error).__name__})") from None
 
