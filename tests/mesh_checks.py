@@ -1,7 +1,8 @@
 """Rounds on meshes of virtual devices against one device; run in a process of its own, since the number of devices is fixed at its start.
 
 python tests/mesh_checks.py light          what tests/test_mesh.py looks at, one JSON line a check
-python tests/mesh_checks.py product        all aligners and options on 1, 2, 4 and 8 devices
+python tests/mesh_checks.py aligners       all aligners with both engines on 1, 2, 4 and 8 devices
+python tests/mesh_checks.py options        all options of a round on 2 x 2 devices
 """
 
 import functools
