@@ -5,7 +5,6 @@ python tests/mesh_checks.py aligners       all aligners with both engines on 1, 
 python tests/mesh_checks.py options        all options of a round on 2 x 2 devices
 """
 
-import functools
 import json
 import os
 import sys
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import small_groups
 import small_round
 
 import fedmoe_jax as fm
@@ -170,7 +170,7 @@ OPTIONS = {
         deadline=1e-4, conditions=fm.conditions.varying(availability=0.8, speed_bias=0.3, speed_jitter=0.3), router_prior=1.0
     ),
     "momentum, dual": dict(client_optimizer=optax.sgd(0.3, momentum=0.9), engine="dual", local_steps=2),
-    "two groups": dict(of=functools.partial(small_round.model, layers=2, per_layer=True)),
+    "two groups": dict(of=small_groups.Net),
 }
 
 
