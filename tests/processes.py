@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 CONFIG = [
-    "--population", "20", "--cohort", "7", "--experts", "4", "--eval_every", "2", "--checkpoint_every", "2", "--aligner", "greedy",
-    "--rounds", "30", "--model_options", "hidden=16",
+    "--population", "20", "--cohort", "7", "--experts", "4", "--eval_every", "2", "--checkpoint_every", "2", "--aligner", "random",
+    "--fitness", "usage", "--probes", "0", "--rounds", "12", "--client_lr", "0.05", "--model_options", "hidden=16",
 ]  # fmt: skip
 MEASURED = ("wall_seconds", "clients_per_second", "peak_memory_bytes")
 PATIENCE = 400  # seconds for a run on a busy machine
@@ -68,7 +68,7 @@ def apart(out, reference):
 def together(folder, number, reference, **options):
     """A run of several processes from its start to its end."""
     done = ended(start(folder / f"of-{number}", number, **options))
-    lines = [len(output.splitlines()) for _, output, _ in done]
+    lines = [sum(not line.startswith("[Gloo]") for line in output.splitlines()) for _, output, _ in done]
     return dict(
         check="together",
         processes=number,
@@ -102,10 +102,10 @@ def killed(folder, victim, then, reference):
 def campaign(folder):
     ((status, *_),) = ended(start(folder / "alone", 1))
     assert status == 0
-    yield together(folder, 2, folder / "alone")
-    yield together(folder, 4, folder / "alone")
     yield killed(folder, 1, 1, folder / "alone")
+    yield together(folder, 2, folder / "alone")
     yield killed(folder, 0, 2, folder / "alone")
+    yield together(folder, 4, folder / "alone")
 
 
 if __name__ == "__main__":
@@ -117,4 +117,4 @@ if __name__ == "__main__":
         for line in campaign(Path(made)):
             print(json.dumps(line), flush=True)
             results.append(line)
-    Path(options.out).write_text(json.dumps(results, indent=1) + "\n")
+            Path(options.out).write_text(json.dumps(results, indent=1) + "\n")

@@ -266,9 +266,9 @@ def test_checkpoints_of_another_schema_are_refused(schema, quick, copy):
         else:
             about = json.loads((folder / "checkpoint.json").read_text())
             about["content"]["schema"] = schema
-            from fedmoe_jax.training.checkpoint import _text_crc
+            from fedmoe_jax.training.integrity import text_crc
 
-            about["crc32"] = _text_crc(about["content"])
+            about["crc32"] = text_crc(about["content"])
             (folder / "checkpoint.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match=r"checkpoints/8: .* version of fedmoe_jax"):
         trainer.train(CONFIG, copy, resume=True)

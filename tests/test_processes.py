@@ -48,7 +48,7 @@ def looks_right(results):
         if line["check"] == "together":
             assert line["lines"][0] > 3 and not any(line["lines"][1:]), line
         else:
-            assert line["status"] != 0 and line["seconds"] < 60 and line["said"] and line["rounds"] < 30, line
+            assert line["status"] != 0 and line["seconds"] < 60 and line["said"] and line["rounds"] < 12, line
 
 
 @pytest.mark.slow

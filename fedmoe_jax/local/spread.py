@@ -109,7 +109,7 @@ def train(trainer: Any, state: Any, population: Any, rows: Any, kept: Any, room:
         own = None if controls is None else dataclasses.replace(controls, **dict(zip(_OF_CLIENTS, of_clients, strict=True)), sums=sums)
         local = dataclasses.replace(state, **_UNUSED, experts=experts, shared=shared, round=round, personal=personal, controls=own)
         unsummed = None if own is None else dataclasses.replace(own, sums=jax.tree.map(jnp.zeros_like, sums))
-        nothing = jax.tree.map(jnp.zeros_like, statistics)
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), statistics)
         keys, client, number, *others = rows
         rows = keys, client, jnp.arange(number.size).reshape(number.shape), *others
         delta, (own, seen, residuals), out = trainer.scan(local, population, rows, (unsummed, nothing, residuals), room, uses)

@@ -13,7 +13,7 @@ ABOUT = "checkpoint.json"
 def write_about(folder: Path, content: dict[str, Any]) -> None:
     """checkpoint.json: the content, and a CRC-32 of it beside."""
     with open(folder / ABOUT, "w", encoding="utf-8") as file:
-        json.dump({"crc32": _text_crc(content), "content": content}, file)
+        json.dump({"crc32": text_crc(content), "content": content}, file)
         file.flush()
         os.fsync(file.fileno())
 
@@ -25,7 +25,7 @@ def read_about(folder: Path) -> dict[str, Any]:
       ValueError: if it is not what was written.
     """
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    if about["crc32"] != _text_crc(about["content"]):
+    if about["crc32"] != text_crc(about["content"]):
         raise ValueError("not what was written")
     return about["content"]
 
@@ -46,7 +46,8 @@ def changed(written: dict[str, list[int]], found: dict[str, list[int]]) -> str |
     return next(iter(missing + others), None)
 
 
-def _text_crc(content):
+def text_crc(content: dict[str, Any]) -> int:
+    """The CRC-32 of a content."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 

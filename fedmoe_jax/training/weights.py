@@ -12,7 +12,7 @@ from fedmoe_jax.experts import partition
 from fedmoe_jax.training.metrics import write_bytes
 
 
-def save_weights(path: Path, *weights: nnx.State) -> None:
+def save_weights(path: Path, *weights: Any) -> None:
     """Writes the global model's weights, of experts and shared, as an .npz of named arrays, atomically."""
     named = {"/".join(map(str, key)): np.asarray(value) for key, value in _named(*weights).items()}
     write_bytes(path, lambda file: np.savez(file, allow_pickle=False, **named))
