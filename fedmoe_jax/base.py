@@ -297,7 +297,7 @@ class Aggregator(NamedTuple):
     init(experts, shared) -> total; add(total, update) -> total; finish(total) -> (expert deltas, shared deltas). A total is sums over
     clients that start at 0, which devices add up. `needs` says what it reads of each client: "sum", "norms" or "deltas". One that
     `collects` keeps all of a cohort in init(experts, shared, clients, slots of a group). `encoder` is what becomes of updates on their way.
-    One that is `private` (`aggregation.privacy`) is init(experts, shared, kept), finish(total, key) -> (deltas, kept), and divides by `fixed`.
+    One that is `private` (see `privacy`) is init(experts, shared, kept), finish(total, key) -> (deltas, kept); it divides by `fixed`.
     """
 
     init: Callable[..., PyTree]
