@@ -117,6 +117,7 @@ def merged(server, before, sent, name="into.kernel"):
     """A shared weight after FedAvg of these updates, by the book."""
     found = [messages.decode(update, "update", most_bytes=1 << 30) for update in sent]
     examples = sum(message.header["examples"] for message in found)
+    assert all(np.abs(message.arrays[f"shared.{name}"]).max() > 1e-4 for message in found)
     change = sum(message.header["examples"] * message.arrays[f"shared.{name}"] for message in found) / examples
     return layouts.host(before.shared)[name] + change
 
