@@ -46,8 +46,10 @@ def write(folder, made):
 
 
 def config(folder, **changes):
-    small = dict(population=5, cohort=5, experts=8, slots=2, rounds=3, batch_size=4, eval_every=3, aligner="greedy")
-    small["model_options"] = {"hidden": 8, "expert_hidden": 6}
+    small = dict(
+        population=5, cohort=5, experts=8, slots=2, rounds=3, batch_size=4, eval_every=3, aligner="greedy", client_schedule="constant"
+    )
+    small |= {"client_schedule": "constant", "model_options": {"hidden": 8, "expert_hidden": 6}}
     return TrainConfig(data=str(folder / "server.npz"), **(small | changes))
 
 

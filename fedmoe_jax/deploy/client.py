@@ -102,7 +102,7 @@ class Client:
         candidates, own, tried = layouts.renumbered(held, probed, num_groups)
         weights = layouts.stacked(program.layout, candidates, arrays)
         if agreed.config.router == "personal":
-            weights |= self._own_routers(agreed, parts, candidates)
+            weights |= self._own_routers(agreed, parts, candidates, task.header["round"])
         shared = {name.removeprefix("shared."): value for name, value in arrays.items() if name.startswith("shared.")}
         state = layouts.filled(parts.experts, weights), layouts.filled(parts.shared, shared)
         key = stage_key(jax.random.fold_in(jax.random.key(agreed.config.seed), task.header["round"]), "local")
@@ -115,7 +115,7 @@ class Client:
             return messages.encode("update", about | {"train_loss": 0.0}, {})
         deltas = layouts.host(experts)
         if agreed.config.router == "personal":
-            self._learn(agreed, parts, held, deltas)
+            self._learn(agreed, parts, held, deltas, task.header["round"])
         sent = {f"shared.{path}": value for path, value in layouts.host(delta).items()}
         sent |= layouts.of_slots(program.layout, held, deltas)
         sent |= {name: feedback[name] for name in layouts.feedback(len(held), len(probed), agreed.solo)}
@@ -146,28 +146,29 @@ class Client:
         self.shelf.keep(run, versions, {name: value for name, value in arrays.items() if name.startswith("expert.")})
         return arrays
 
-    def _own_routers(self, agreed, parts, candidates) -> dict[str, np.ndarray]:
+    def _own_routers(self, agreed, parts, candidates, round) -> dict[str, np.ndarray]:
         """Its own router rows [candidate, ...] by path."""
-        rows = self._all_routers(agreed)
+        rows = self._all_routers(agreed, round)
         return {path: rows[path][np.maximum(candidates[place], 0) % len(rows[path])] for path, place in _routers(parts)}
 
-    def _all_routers(self, agreed) -> dict[str, np.ndarray]:
+    def _all_routers(self, agreed, round) -> dict[str, np.ndarray]:
         """Its own router rows [expert, ...] by path: the model's initial ones until it has trained them."""
-        kept = self.shelf.routers(agreed.run)
+        kept = self.shelf.routers(agreed.run, round)
         if kept is not None:
             return kept
         arguments = architecture(agreed.config, agreed.input_shape, agreed.num_classes)
         drawn = jax.jit(lambda: nnx.split_state(partition(models.create(**arguments)).experts, RouterParam, ...)[0])()
         return layouts.host(drawn)
 
-    def _learn(self, agreed, parts, held, deltas) -> None:
+    def _learn(self, agreed, parts, held, deltas, round) -> None:
         """Adds what it learnt to its own router rows."""
-        rows = {path: np.array(value) for path, value in self._all_routers(agreed).items()}
+        before = self._all_routers(agreed, round)
+        rows = {path: np.array(value) for path, value in before.items()}
         for path, place in _routers(parts):
             own = layouts.grouped(held, len(groups(parts.experts)))[place]
             filled = own != NO_EXPERT
             rows[path][own[filled] % len(rows[path])] += deltas[path][filled]
-        self.shelf.keep_routers(agreed.run, rows)
+        self.shelf.keep_routers(agreed.run, round, before, rows)
 
 
 @functools.lru_cache(maxsize=4)  # the next round is by the same terms

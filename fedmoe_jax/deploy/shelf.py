@@ -34,14 +34,21 @@ class Shelf:
         """Keeps these experts in place of all others."""
         self._write("experts", {"run": run, "versions": {str(expert): version for expert, version in versions.items()}}, arrays)
 
-    def routers(self, run: str) -> dict[str, np.ndarray] | None:
-        """Its own router rows [expert, ...] by path; None before it has any."""
-        found = self._read("routers", run)
-        return None if found is None else found.arrays
+    def routers(self, run: str, round: int) -> dict[str, np.ndarray] | None:
+        """Its own router rows [expert, ...] by path, as they were before a round; None before it has any.
 
-    def keep_routers(self, run: str, rows: Mapping[str, np.ndarray]) -> None:
-        """Keeps these rows."""
-        self._write("routers", {"run": run}, rows)
+        A server that has died asks for a round again, and what the client learnt in it the first time is lost.
+        """
+        found = self._read("routers", run)
+        if found is None:
+            return None
+        kind = "before." if found.header["round"] >= round else "after."
+        return {name.removeprefix(kind): value for name, value in found.arrays.items() if name.startswith(kind)}
+
+    def keep_routers(self, run: str, round: int, before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> None:
+        """Keeps the rows before and after a round."""
+        rows = {f"before.{path}": value for path, value in before.items()} | {f"after.{path}": value for path, value in after.items()}
+        self._write("routers", {"run": run, "round": round}, rows)
 
     def _read(self, kind, run):
         try:
