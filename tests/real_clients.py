@@ -49,7 +49,7 @@ def config(folder, **changes):
     small = dict(
         population=5, cohort=5, experts=8, slots=2, rounds=3, batch_size=4, eval_every=3, aligner="greedy", client_schedule="constant"
     )
-    small |= {"client_schedule": "constant", "model_options": {"hidden": 8, "expert_hidden": 6}}
+    small["model_options"] = {"hidden": 8, "expert_hidden": 6}
     return TrainConfig(data=str(folder / "server.npz"), **(small | changes))
 
 
