@@ -19,12 +19,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax import nnx
 
 from fedmoe_jax import models
 from fedmoe_jax.data import sources
+from fedmoe_jax.deploy import messages
 from fedmoe_jax.experts import partition
-from fedmoe_jax.training import fields, metrics, profiles
+from fedmoe_jax.training import export, fields, metrics, profiles
 from fedmoe_jax.training.checkpoint import Checkpoints
 from fedmoe_jax.training.config import TrainConfig, from_toml, parse, to_toml, validate
 from fedmoe_jax.training.weights import load_weights
@@ -234,9 +236,38 @@ def log(draw, folder):
     assert [line["round"] for line in metrics.read(whole.path)] == list(range(whole.whole()))
 
 
+def message(draw, folder):
+    arrays = {"w": np.ones((2, 3), np.float32), "n": np.arange(3, dtype=np.int32)}
+    kind = draw.integers(0, 4)
+    if kind == 0:
+        arrays["w"] = draw.choice([np.nan, np.inf, 1.0]) * arrays["w"].astype(draw.choice(["float32", "float16", "int32"]))
+    header = {"round": 1, "train_loss": 0.5} if kind != 1 else {"round": True, str(draw.choice(WORDS[1:])): [1.0]}
+    data = messages.encode("update", header, arrays)
+    if kind == 2:
+        size = int(draw.choice([0, 1 << 20, 1 << 62, len(data)]))
+        data = size.to_bytes(8, "little") + data[8:]
+    data = mutated(draw, data) if kind == 3 else data
+    found = messages.decode(data, "update", most_bytes=1 << 16)
+    messages.check_header(found.header, {"round": int, "train_loss": float})
+    messages.check_arrays(found.arrays, {"w": messages.Array((2, 3)), "n": messages.Array((3,), "int32")})
+
+
+def exported(draw, folder, cache={}):  # noqa: B006
+    if not cache:
+        shape: dict = dict(name="mlp", input_shape=[4], num_classes=3, num_experts=2, top_k=1, seed=0, dtype=None, hidden=4)
+        parts = partition(models.create(**shape | {"input_shape": (4,)}))
+        tensors = {name: np.asarray(value) for part in (parts.experts, parts.shared) for name, value in export.named(part).items()}
+        about = json.dumps({"format": export.FORMAT, "model": shape, "held": None}).encode()
+        cache.update({"model.safetensors": safetensors.numpy.save(tensors), "config.json": about})
+    changed = draw.choice(list(cache))
+    for name, data in cache.items():
+        (folder / name).write_bytes(mutated(draw, data) if name == changed else data)
+    export.load(folder)
+
+
 TARGETS = {
     "toml": toml, "command": command, "npz": npz, "idx": idx, "cifar": cifar, "checkpoint": checkpoint, "weights": weights,
-    "profile": profile, "metrics": log,
+    "profile": profile, "metrics": log, "message": message, "export": exported,
 }  # fmt: skip
 
 

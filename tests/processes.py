@@ -24,8 +24,8 @@ MEASURED = ("wall_seconds", "clients_per_second", "peak_memory_bytes")
 PATIENCE = 400  # seconds for a run on a busy machine
 
 
-def start(out, number, *flags, expert_devices=2):
-    """The processes of a run."""
+def start(out, number, *flags, expert_devices=2, slurm=False):
+    """The processes of a run, which are told where they are, or find it in the variables of their environment that Slurm sets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -34,10 +34,19 @@ def start(out, number, *flags, expert_devices=2):
     made = []
     for process in range(number):
         together = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(number), "--process", str(process)] if number > 1 else []
+        own = environment
+        if slurm:
+            together = ["--coordinator", "auto"]
+            own = environment | {f"SLURM_{name}": str(value) for name, value in _slurm(number, process, port).items()}
         sizes = ["--expert_devices", str(expert_devices if number > 1 else 1)]
         command = [sys.executable, "-m", "fedmoe_jax.cli", "train", *CONFIG, *sizes, *flags, *together, "--out", str(out)]
-        made.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        made.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     return made
+
+
+def _slurm(number, process, port):
+    """What Slurm tells a task on one host; JAX makes a port of the job's number."""
+    return dict(JOB_ID=port, STEP_NODELIST="localhost", NTASKS=number, PROCID=process, LOCALID=process)
 
 
 def ended(processes):
@@ -65,16 +74,18 @@ def apart(out, reference):
     return most
 
 
-def together(folder, number, reference, **options):
+def together(folder, number, reference, slurm=False):
     """A run of several processes from its start to its end."""
-    done = ended(start(folder / f"of-{number}", number, **options))
+    out = folder / f"of-{number}{'-slurm' * slurm}"
+    done = ended(start(out, number, slurm=slurm))
     lines = [sum(not line.startswith("[Gloo]") for line in output.splitlines()) for _, output, _ in done]
     return dict(
         check="together",
         processes=number,
         statuses=[status for status, *_ in done],
         lines=lines,
-        apart=apart(folder / f"of-{number}", reference),
+        apart=apart(out, reference),
+        slurm=slurm,
     )
 
 
@@ -106,6 +117,7 @@ def campaign(folder):
     yield together(folder, 2, folder / "alone")
     yield killed(folder, 0, 2, folder / "alone")
     yield together(folder, 4, folder / "alone")
+    yield together(folder, 2, folder / "alone", slurm=True)
 
 
 if __name__ == "__main__":

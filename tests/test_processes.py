@@ -54,7 +54,7 @@ def looks_right(results):
 @pytest.mark.slow
 def test_real_processes(tmp_path):
     results = list(campaigns.campaign(tmp_path))
-    assert len(results) == 4
+    assert len(results) == 5
     looks_right(results)
 
 
