@@ -1,5 +1,7 @@
 """Checkpoints: what is restored is what was saved, bit for bit, or an error says what differs."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,3 +139,36 @@ def test_no_checkpoint_or_a_damaged_one_is_an_error(tmp_path):
             path.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="round 1 cannot be read"):
         Checkpoints(tmp_path).restore({"x": jnp.zeros(2)})
+
+
+def test_the_caller_goes_on_while_a_checkpoint_is_written_and_may_donate(tmp_path, monkeypatch):
+    go, write = threading.Event(), Checkpoints._write
+
+    def held(self, *args):
+        assert go.wait(20)
+        return write(self, *args)
+
+    monkeypatch.setattr(Checkpoints, "_write", held)
+    with Checkpoints(tmp_path) as checkpoints:
+        state = {"x": jnp.full(1000, 1.0)}
+        checkpoints.begin(4, state)
+        jax.block_until_ready(jax.jit(lambda state: {"x": state["x"] * 0}, donate_argnums=0)(state))
+        assert checkpoints.latest() is None
+        go.set()
+        assert checkpoints.restore({"x": jnp.zeros(1000)})[1]["x"].tolist() == [1.0] * 1000 and checkpoints.latest() == 4
+
+
+@pytest.mark.parametrize("call", ["begin", "wait", "end"])
+def test_what_went_wrong_on_the_thread_is_raised_by_the_next_call(tmp_path, monkeypatch, call):
+    def full(self, *args):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"round 4 cannot be written \(No space left on device\)"), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, {"x": jnp.ones(3)})
+        monkeypatch.setattr(Checkpoints, "_complete", full)
+        checkpoints.begin(4, {"x": jnp.ones(3)})
+        if call == "begin":
+            checkpoints.begin(6, {"x": jnp.ones(3)})
+        elif call == "wait":
+            checkpoints.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]

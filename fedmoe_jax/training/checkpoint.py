@@ -8,16 +8,17 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from fedmoe_jax.distributed import processes
+from fedmoe_jax.training import leaves
 from fedmoe_jax.training.integrity import ABOUT, changed, files, read_about, write_about
 
 SCHEMA = 2
@@ -39,9 +40,7 @@ class Checkpoints:
     complete, with the size and CRC-32 of each of its files: a killed run or a full disk leaves those before as they were, and nothing
     is read of a file that has changed.
 
-    Writing waits for the disk. Orbax can also write on a thread, which copies the state first, so that its buffers may be donated; but the
-    sizes, the rename and an error of the disk would then come with the next checkpoint or not at all, to save a moment in
-    `checkpoint_every` rounds.
+    `begin` writes on a thread while the caller goes on, one checkpoint at a time; what went wrong is raised by the next call. `save` waits.
 
     Several processes save and restore together, each its part of the arrays; the folder must be one for all. The first one makes,
     completes and removes.
@@ -54,9 +53,22 @@ class Checkpoints:
         self.keep = keep
         self._orbax: ocp.Checkpointer | None = None
         self._damaged: list[int] = []
+        self._thread: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
 
     def save(self, round: int, state: PyTree, extra: dict[str, Any] | None = None) -> None:
-        """Writes a checkpoint and returns when it is complete. One of the same round, those of later ones and damaged ones go.
+        """As `begin`, and returns when the checkpoint is complete.
+
+        Raises:
+          OSError: in one line, if it cannot be written; the checkpoints before are as they were.
+        """
+        self.begin(round, state, extra)
+        self.wait()
+
+    def begin(self, round: int, state: PyTree, extra: dict[str, Any] | None = None) -> None:
+        """Copies a state to the host and writes it. One of the same round, those of later ones and damaged ones go.
+
+        Of several processes all wait until it is complete.
 
         Args:
           round: rounds done so far.
@@ -64,12 +76,30 @@ class Checkpoints:
           extra: what JSON can hold.
 
         Raises:
-          OSError: in one line, if it cannot be written; the checkpoints before are as they were.
+          OSError: as `save`, of the checkpoint before.
         """
-        entries = _flatten(state)
-        content = {"shapes": {name: _describe(value) for name, value in entries.items()}, "extra": extra or {}}
-        arrays = {name: _data(value) for name, value in entries.items()}
+        self.wait()
+        entries = leaves.flatten(state)
+        content = {"shapes": {name: leaves.describe(value) for name, value in entries.items()}, "extra": extra or {}}
+        arrays = {name: leaves.data(value) for name, value in entries.items()}
         stored = {name: value for name, value in arrays.items() if value.size}  # Orbax refuses arrays without elements
+        if processes.several():
+            return self._write(round, stored, content)
+        self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
+        self._writing = self._thread.submit(self._write, round, jax.tree.map(leaves.on_host, stored), content)
+        return None
+
+    def wait(self) -> None:
+        """Returns when what was begun is complete.
+
+        Raises:
+          OSError: as `save`.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, round: int, stored: dict[str, Any], content: dict[str, Any]) -> None:
         new, failure = self.dir / f".{round}.tmp", None
         with _quiet():
             try:
@@ -109,6 +139,7 @@ class Checkpoints:
           ValueError: if there is no checkpoint that serves, or it differs from the template or is of another version; names the first
             paths that do.
         """
+        self.wait()
         rounds = [round for round in reversed(self.rounds()) if most is None or round <= most]
         if not rounds:
             late = f" of round {most} or before, where the metrics end" if self.rounds() else ""
@@ -128,11 +159,14 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.dir.glob("*") if path.name.isascii() and path.name.isdecimal() and path.is_dir())
 
     def latest(self) -> int | None:
-        """The round of the newest checkpoint, or None."""
+        """The round of the newest checkpoint that is complete, or None."""
         return max(self.rounds(), default=None)
 
     def close(self) -> None:
-        """Releases what writes and reads."""
+        """Releases what writes and reads, when what was begun is complete."""
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
         if self._orbax is not None:
             self._orbax.close()
             self._orbax = None
@@ -140,8 +174,12 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *error: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self.close()
 
     def _checkpointer(self):
         if self._orbax is None:
@@ -176,7 +214,7 @@ class Checkpoints:
         shutil.rmtree(old, ignore_errors=True)
 
     def _restore(self, round, template, check):
-        folder, entries = self.dir / str(round), _flatten(template)
+        folder, entries = self.dir / str(round), leaves.flatten(template)
         try:
             about = read_about(folder)
             known = about["schema"] == SCHEMA
@@ -191,15 +229,15 @@ class Checkpoints:
         if differs:
             raise self._damage(round, differs)
         check(extra)
-        self._compare(round, {name: _describe(value) for name, value in entries.items()}, shapes)
-        wanted = {name: _abstract(value) for name, value in entries.items() if np.prod(value.shape)}
+        self._compare(round, {name: leaves.describe(value) for name, value in entries.items()}, shapes)
+        wanted = {name: leaves.abstract(value) for name, value in entries.items() if np.prod(value.shape)}
         try:
             with _quiet():
                 arrays = self._checkpointer().restore(folder / "state", args=ocp.args.StandardRestore(wanted)) if wanted else {}
         except Exception as error:  # whatever Orbax says of files that are as they were written
             raise self._damage(round, _reason(error)) from error
-        leaves, structure = jax.tree.flatten(template)
-        restored = [_undata(arrays.get(name), leaf) for name, leaf in zip(entries, leaves, strict=True)]
+        wanted, structure = jax.tree.flatten(template)
+        restored = [leaves.undata(arrays.get(name), leaf) for name, leaf in zip(entries, wanted, strict=True)]
         return round, jax.tree.unflatten(structure, restored), extra
 
     def _damage(self, round, reason):
@@ -219,13 +257,21 @@ class Checkpoints:
 @contextlib.contextmanager
 def _quiet():
     """Keeps Orbax's threads and coroutines from telling of the error that is raised as well."""
-    level, hooks = logging.root.manager.disable, (threading.excepthook, sys.unraisablehook)
-    logging.disable(logging.CRITICAL)
-    threading.excepthook = sys.unraisablehook = lambda arguments: None
+    hooks = threading.excepthook, sys.unraisablehook
+    loggers = {logger: logger.level for logger in map(logging.getLogger, ("absl", "asyncio"))}
+
+    def of_others(arguments: threading.ExceptHookArgs) -> None:
+        if not type(arguments.thread).__module__.startswith("orbax"):
+            hooks[0](arguments)
+
+    threading.excepthook, sys.unraisablehook = of_others, lambda arguments: None
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        logging.disable(level)
+        for logger, level in loggers.items():
+            logger.setLevel(level)
         threading.excepthook, sys.unraisablehook = hooks
 
 
@@ -236,48 +282,3 @@ def _reason(error):
         return error.strerror
     known = (os.strerror(number) for number in (28, 27, 122, 30, 13, 5))  # full, too large, quota, read-only, denied, I/O
     return next((reason for reason in known if reason in text), text[:200])
-
-
-def _flatten(tree):
-    """Path -> leaf, in the order of the leaves. Numbers become arrays."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path): value if hasattr(value, "dtype") else np.asarray(value) for path, value in leaves}
-
-
-def _is_key(value):
-    return jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-
-
-def _describe(value):
-    """Type and shape, as "float32[3,4]"."""
-    return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-
-
-def _data(value):
-    if _is_key(value):
-        return jax.random.key_data(value)
-    return value if isinstance(value, jax.Array) else np.asarray(value)
-
-
-def _abstract(value):
-    """The shape, type and placement to restore a leaf of the template into; a key's data stand for the key."""
-    if _is_key(value):
-        value = jax.random.key_data(value) if isinstance(value, jax.Array) else jax.eval_shape(jax.random.key_data, value)
-    if isinstance(value, np.ndarray | np.generic):
-        return jax.ShapeDtypeStruct(value.shape, value.dtype)
-    sharding = getattr(value, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
-
-
-def _undata(array, value):
-    """What was read (None for an array without elements), as the kind of leaf that the template has there."""
-    if isinstance(value, bool | int | float | complex) and not isinstance(value, np.generic):
-        return type(value)(array.item())
-    if array is None:
-        abstract = _abstract(value)
-        array = np.zeros(abstract.shape, abstract.dtype)
-        if abstract.sharding is not None:
-            array = jax.device_put(array, abstract.sharding)
-    if _is_key(value):
-        return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(jnp.empty((), value.dtype)))
-    return np.asarray(array) if isinstance(value, np.ndarray | np.generic) else jnp.asarray(array)

@@ -190,7 +190,7 @@ class Run:
 
     def _save(self, checkpoints: Checkpoints) -> None:
         extra = {"chunk": self.chunk, "asked": self.setup.config.chunk, "digests": self.setup.digests}
-        checkpoints.save(self.done, self.state, extra)
+        checkpoints.begin(self.done, self.state, extra)
         self._returns = 0
 
     def blocks(
@@ -234,6 +234,8 @@ class Run:
             stopped = stop()
             if checkpoints is not None and (stopped or last % config.checkpoint_every == 0 or last == config.rounds):
                 self._save(checkpoints)
+            if checkpoints is not None and (stopped or last == config.rounds):
+                checkpoints.wait()
             if stopped:
                 return
 
@@ -257,6 +259,7 @@ class Run:
         """To the newest checkpoint, or to the beginning, with another key."""
         returns = self._returns + 1
         self.start(self.setup)
+        checkpoints.wait()
         if checkpoints.latest() is not None:
             self.done, self.state, _ = checkpoints.restore(self.state, note=self.note)
         self._returns = returns
