@@ -53,7 +53,14 @@ mark(trainer, "_finish", lambda: "end")
 mark(trainer.Run, "_advance", advancing)
 mark(trainer.Run, "_evaluate", lambda: "evaluation")
 mark(trainer.Run, "restore", lambda: "restoring")
-mark(trainer.Checkpoints, "save", lambda: "checkpoint")
+
+write = trainer.Checkpoints._write
+def writing(*args):
+    """On a thread of its own, beside what the run does meanwhile."""
+    print("checkpoint", file=log)
+    write(*args)
+    print(stack[-1], file=log)
+trainer.Checkpoints._write = writing
 sys.exit(cli.main(sys.argv[2:]))
 """
 
@@ -100,7 +107,7 @@ def arrays(out):
     """The weights of a run, and all of its last state."""
     with np.load(out / "weights.npz") as file:
         weights = {name: file[name] for name in file.files}
-    newest = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    newest = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name))  # and nothing that is not complete
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         state = checkpointer.restore(newest / "state")
     return weights | {f"state {name}": np.asarray(value) for name, value in state.items()}

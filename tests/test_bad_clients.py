@@ -14,6 +14,7 @@ from test_round import close, same
 from fedmoe_jax import Population, aggregation, federated_moe
 from fedmoe_jax.base import NO_EXPERT, ClientUpdate, client_keys
 from fedmoe_jax.models.losses import cross_entropy
+from fedmoe_jax.training import named
 from fedmoe_jax.training.config import TrainConfig
 
 CLIENTS, BAD, EACH = 100, 41, 4

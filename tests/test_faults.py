@@ -154,9 +154,13 @@ def test_a_torn_line_is_written_again(at, quick, left_alone, tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax leaves behind
 def test_a_file_too_large_for_the_disk_is_one_line(quick, left_alone, tmp_path, capsys, monkeypatch):
     (tmp_path / "config.toml").write_text(to_toml(CONFIG))
-    real, saved = Checkpoints.save, []
+    real, begin, saved = Checkpoints._write, Checkpoints.begin, []
 
-    def save(checkpoints, *args):
+    def begin_and_wait(checkpoints, *args):  # the limit is of the whole process
+        begin(checkpoints, *args)
+        checkpoints.wait()
+
+    def write(checkpoints, *args):
         saved.append(1)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         try:
@@ -166,7 +170,8 @@ def test_a_file_too_large_for_the_disk_is_one_line(quick, left_alone, tmp_path, 
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(Checkpoints, "save", save)
+    monkeypatch.setattr(Checkpoints, "_write", write)
+    monkeypatch.setattr(Checkpoints, "begin", begin_and_wait)
     out = tmp_path / "run"
     assert cli.main(["train", str(tmp_path / "config.toml"), "--out", str(out)]) == 1
     err = capsys.readouterr().err

@@ -11,7 +11,7 @@ from small_round import CLASSES, CLIENTS, EXPERTS, FEATURES, KEY
 from fedmoe_jax import alignment, models, partition
 from fedmoe_jax.base import Cohort
 from fedmoe_jax.experts import groups
-from fedmoe_jax.training import config, named, trainer
+from fedmoe_jax.training import config, named, setup, trainer
 
 
 def alike(*, num_experts, max_slots, fitness, load):

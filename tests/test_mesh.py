@@ -82,7 +82,7 @@ def test_bytes_are_those_of_the_formula(program):
     for each in program["collectives"]:
         assert each.times is not None
         of_data = each.kind == "reduce-scatter" and program["largest"] in each.shapes[0]
-        kind = "ring" if each.kind == "collective-permute" else "examples" if of_data else "rest"
+        kind = "ring" if "ppermute" in each.name else "examples" if of_data else "rest"
         kind = "sum" if each.kind == "all-reduce" and "psum" in each.name else kind
         moved[kind] += each.bytes * each.times
     counts = 4 * (EXPERTS / 2 + 1)  # tokens of a device's experts, and examples

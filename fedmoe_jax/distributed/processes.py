@@ -1,7 +1,7 @@
 """Several processes, on one or many hosts, that train one model together: how they start, agree, and who writes."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np

@@ -25,7 +25,7 @@ from fedmoe_jax.base import (
     client_keys,
     stage_key,
 )
-from fedmoe_jax.experts import Partition, RouterParam, by_group, groups, map_groups, num_experts
+from fedmoe_jax.experts import Partition, RouterParam, by_group, groups, map_groups, num_experts, squared_norm
 from fedmoe_jax.kernels import DualKernel, is_dual, is_finite
 from fedmoe_jax.local import dual, plan, primal, spread
 from fedmoe_jax.local.cost import expert_bytes, plain_bytes, round_cost

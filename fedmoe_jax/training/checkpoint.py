@@ -186,12 +186,14 @@ class Checkpoints:
             self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
         return self._orbax
 
-    def _begin(self, new):
-        """Removes what a killed run was writing or removing, and makes the folder."""
+    def clear(self) -> None:
+        """Removes what a killed run was writing or removing; only who may write here may do so."""
         for pattern in (".*.tmp", "*.orbax-checkpoint-tmp*"):
             for torn in self.dir.glob(pattern):
                 shutil.rmtree(torn, ignore_errors=True)
 
+    def _begin(self, new):
+        self.clear()
         new.mkdir(parents=True)
 
     def _complete(self, new, round, content):

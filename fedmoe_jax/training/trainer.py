@@ -79,7 +79,7 @@ def train(
         setup = build(dataclasses.replace(config, init_from=None) if started else config)
         run = Run(dataclasses.replace(setup, check=check), note=progress.note)
         with alone(out) if first else contextlib.nullcontext():
-            processes.by_first(lambda: _begin(out, config, resume))
+            processes.by_first(lambda: _begin(out, config, resume, checkpoints))
             if resume:
                 run.restore(checkpoints, most=log.whole())
                 processes.by_first(lambda: log.truncate(run.done))
@@ -96,9 +96,10 @@ def train(
             return metrics.read_json(out / "summary.json")
 
 
-def _begin(out: Path, config: TrainConfig, resume: bool) -> None:
-    """Writes what a run leaves at its start."""
+def _begin(out: Path, config: TrainConfig, resume: bool, checkpoints: Checkpoints) -> None:
+    """Writes what a run leaves at its start, in place of what a killed one left unfinished."""
     claim(out, config, resume)
+    checkpoints.clear()
     for torn in filter(metrics.is_unfinished, out.iterdir()):
         torn.unlink()
     metrics.write_text(out / "config.toml", to_toml(config))
@@ -188,9 +189,9 @@ class Run:
                 self.chunk = extra["chunk"]
                 self._compile()
 
-    def _save(self, checkpoints: Checkpoints) -> None:
+    def _save(self, checkpoints: Checkpoints, *, wait: bool) -> None:
         extra = {"chunk": self.chunk, "asked": self.setup.config.chunk, "digests": self.setup.digests}
-        checkpoints.begin(self.done, self.state, extra)
+        (checkpoints.save if wait else checkpoints.begin)(self.done, self.state, extra)
         self._returns = 0
 
     def blocks(
@@ -232,10 +233,9 @@ class Run:
                 continue
             self.done = last
             stopped = stop()
-            if checkpoints is not None and (stopped or last % config.checkpoint_every == 0 or last == config.rounds):
-                self._save(checkpoints)
-            if checkpoints is not None and (stopped or last == config.rounds):
-                checkpoints.wait()
+            ends = stopped or last == config.rounds
+            if checkpoints is not None and (ends or last % config.checkpoint_every == 0):
+                self._save(checkpoints, wait=ends)
             if stopped:
                 return
 
