@@ -56,7 +56,7 @@ mark(trainer.Run, "restore", lambda: "restoring")
 
 write = trainer.Checkpoints._write
 def writing(*args):
-    """On a thread of its own, beside what the run does meanwhile."""
+    # on a thread of its own, beside what the run does meanwhile
     print("checkpoint", file=log)
     write(*args)
     print(stack[-1], file=log)
