@@ -3,13 +3,16 @@
 python tests/mesh_checks.py light          what tests/test_mesh.py looks at, one JSON line a check
 python tests/mesh_checks.py aligners       all aligners with both engines on 1, 2, 4 and 8 devices
 python tests/mesh_checks.py options        all options of a round on 2 x 2 devices
+python tests/mesh_checks.py command        fedmoe train --devices, and --resume with others
 """
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -18,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import processes
 import small_groups
 import small_round
 
 import fedmoe_jax as fm
-from fedmoe_jax import sharding
+from fedmoe_jax import cli, sharding
 from fedmoe_jax.distributed.traffic import collectives
 from fedmoe_jax.training.checkpoint import Checkpoints
 
@@ -171,6 +175,10 @@ OPTIONS = {
     ),
     "momentum, dual": dict(client_optimizer=optax.sgd(0.3, momentum=0.9), engine="dual", local_steps=2),
     "two groups": dict(of=small_groups.Net),
+    "secure sums": dict(
+        aggregator=fm.aggregation.fixed_mean(clients=11.0, holders=5.0, fixed_point=fm.aggregation.FixedPoint(16, clients=COHORT))
+    ),
+    "enough holders": dict(min_holders=3, sampling_rate=0.6),
 }
 
 
@@ -194,6 +202,35 @@ def options():
         yield from compared(name, [(2, 2)], aligner=aligner, chunk_size=2, **options)
 
 
+def command():
+    """A run on four devices, one that goes on with two after its end was lost, and one on one device."""
+    words = [
+        "train",
+        "--population",
+        "20",
+        "--cohort",
+        "7",
+        "--experts",
+        "4",
+        "--rounds",
+        "4",
+        "--eval_every",
+        "2",
+        "--checkpoint_every",
+        "2",
+        "--model_options",
+        "hidden=16",
+    ]
+    ours, alone = (["--devices", "4", "--expert_devices", "2"], ["--devices", "2", "--expert_devices", "2"]), ["--devices", "1"]
+    with tempfile.TemporaryDirectory() as folder:
+        statuses = [cli.main([*words, *flags, "--out", f"{folder}/{name}"]) for name, flags in (("many", ours[0]), ("one", alone))]
+        for lost in ("checkpoints/4", "summary.json"):
+            path = Path(folder) / "many" / lost
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        statuses.append(cli.main([*words, *ours[1], "--resume", "--out", f"{folder}/many"]))
+        yield dict(check="command", statuses=statuses, apart=processes.apart(Path(folder) / "many", Path(folder) / "one"))
+
+
 if __name__ == "__main__":
-    for line in {"light": light, "aligners": aligners, "options": options}[sys.argv[1]]():
+    for line in {"light": light, "aligners": aligners, "options": options, "command": command}[sys.argv[1]]():
         print(json.dumps(line), flush=True)

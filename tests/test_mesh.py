@@ -141,7 +141,7 @@ def test_meshes_that_cannot_be_are_refused():
 
 
 def looks_right(lines):
-    assert len(lines) == 8 * 10 + 13 and {line["clients"] * line["experts"] for line in lines} == {1, 2, 4, 8}
+    assert len(lines) == 8 * 10 + 15 and {line["clients"] * line["experts"] for line in lines} == {1, 2, 4, 8}
     for line in lines:  # Adam magnifies the rounding of gradients that are about as small as its epsilon
         assert max(line["state"], line["info"]) < (1e-3 if line["check"] == "adam" else 2e-5), line
 
@@ -150,6 +150,12 @@ def looks_right(lines):
 def test_all_aligners_and_options():
     """Both engines on 1, 2, 4 and 8 devices; results are committed in tests/results/mesh.json."""
     looks_right(checks("aligners", 7200) + checks("options", 7200))
+
+
+@pytest.mark.slow
+def test_the_command_trains_on_several_devices_and_goes_on_with_others():
+    (line,) = checks("command", 900)
+    assert line["statuses"] == [0, 0, 0] and line["apart"] < 1e-4, line
 
 
 def test_committed_results_look_right():
