@@ -240,7 +240,7 @@ def message(draw, folder):
     arrays = {"w": np.ones((2, 3), np.float32), "n": np.arange(3, dtype=np.int32)}
     kind = draw.integers(0, 4)
     if kind == 0:
-        arrays["w"] = draw.choice([np.nan, np.inf, 1.0]) * arrays["w"].astype(draw.choice(["float32", "float16", "int32"]))
+        arrays["w"] = (arrays["w"] * draw.choice([np.nan, np.inf, 1.0])).astype(draw.choice(["float32", "float16", "float64"]))
     header = {"round": 1, "train_loss": 0.5} if kind != 1 else {"round": True, str(draw.choice(WORDS[1:])): [1.0]}
     data = messages.encode("update", header, arrays)
     if kind == 2:
@@ -257,9 +257,9 @@ def exported(draw, folder, cache={}):  # noqa: B006
         shape: dict = dict(name="mlp", input_shape=[4], num_classes=3, num_experts=2, top_k=1, seed=0, dtype=None, hidden=4)
         parts = partition(models.create(**shape | {"input_shape": (4,)}))
         tensors = {name: np.asarray(value) for part in (parts.experts, parts.shared) for name, value in export.named(part).items()}
-        about = json.dumps({"format": export.FORMAT, "model": shape, "held": None}).encode()
+        about = json.dumps({"format": export.FORMAT, "model": shape, "held": None, "router": "shared"}).encode()
         cache.update({"model.safetensors": safetensors.numpy.save(tensors), "config.json": about})
-    changed = draw.choice(list(cache))
+    changed = draw.choice([*cache, "neither"], p=[0.45, 0.5, 0.05])
     for name, data in cache.items():
         (folder / name).write_bytes(mutated(draw, data) if name == changed else data)
     export.load(folder)

@@ -121,6 +121,14 @@ def load(folder: str | Path) -> Exported:
         raise ValueError(f"{folder} holds no export that can be read ({' '.join(str(error).split())})") from None
     if not known:
         raise ValueError(f"{folder} has form {about['format']} of an export, this version reads {FORMAT}")
+    try:
+        return _made(folder, about, tensors, model, held)
+    except Exception as error:  # of models that are none, and tensors of which none can be made
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder} holds no model that can be made ({type(error).__name__}: {reason})") from error
+
+
+def _made(folder, about, tensors, model, held) -> Exported:
     model["input_shape"], model["dtype"] = tuple(model["input_shape"]), model["dtype"] and jnp.dtype(model["dtype"])
     parts = skeleton(model)
     sizes = {len(tensors[name]) for name in named(parts.experts) if name in tensors}
