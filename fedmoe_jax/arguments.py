@@ -47,7 +47,9 @@ def checked(model: nnx.Module, aligner: Aligner, router: str, numbers: dict[str,
     return number * experts, parts
 
 
-def check_aggregation(aggregator: Aggregator, broadcast: Transform | None, control_variates: bool, router: str, mesh: Mesh | None) -> None:
+def check_aggregation(
+    aggregator: Aggregator, broadcast: Transform | None, control_variates: bool, router: str, mesh: Mesh | None, min_holders: int
+) -> None:
     """Refuses what does not go together.
 
     Raises:
@@ -64,6 +66,8 @@ def check_aggregation(aggregator: Aggregator, broadcast: Transform | None, contr
         if given and aggregator.private is not None:
             raise ValueError(f"{name}: what clients return for it has no noise, so that it does not go with gaussian_noise")
     for name, given in beside:
+        if given and min_holders > 1:
+            raise ValueError(f"{name}: what a single holder returns for it is kept, so that it does not go with min_holders above 1")
         if given and aggregator.collects:
             raise ValueError(f"{name}: what clients return for it is summed, where a bad client could do what a robust aggregator prevents")
 

@@ -154,7 +154,7 @@ def federated_moe(
     conditions = steady() if conditions is None else conditions
     limit = jnp.inf if deadline is None else deadline
     used, refused = plan.chosen(engine, client_optimizer, aggregator, parts, control_variates, reject_above)
-    arguments.check_aggregation(aggregator, broadcast, control_variates, router, mesh)
+    arguments.check_aggregation(aggregator, broadcast, control_variates, router, mesh, min_holders)
     arguments.check_room(aggregator, parts, cohort_size, aligner.max_slots, personal_budget_bytes)
     trainer = Trainer(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, primal.pulls(parts, prox, prox_on), router == "personal",
@@ -167,7 +167,7 @@ def federated_moe(
         if cohort_size > population.num_clients:
             raise ValueError(f"cohort_size is {cohort_size}, it must be at most the population, {population.num_clients}")
         personal = router_rows(parts.experts, population.num_clients, personal_budget_bytes) if router == "personal" else None
-        private = None if aggregator.private is None else aggregator.private.start()
+        private = None if aggregator.private is None else aggregator.private.start(key)
         controls, residuals, sizes = None, None, (population.num_clients, personal_budget_bytes)
         if control_variates:
             controls = scaffold.start(parts.experts, parts.shared, *sizes, personal_router=router == "personal")
@@ -205,7 +205,7 @@ def federated_moe(
         personal = None
         if routers is not None:
             personal, weights = keep_routers(state.personal, weights, routers, trainees, alignment.held)
-        told = _told(aggregator.private, jax.random.fold_in(state.key, state.round), trainees, alignment, feedback)
+        told = _told(aggregator.private, state, trainees, alignment, feedback)
         learnt = aligner.learn(opening.aligned, trainees, alignment, told)
         total, last = state.tokens + tokens, jnp.where(served[0], state.round, state.last_trained)
         pace, held = _of_clients(state, cohort, alignment, taken, opening.planned, reached)
@@ -282,19 +282,25 @@ def _arrived(broadcast, state) -> State:
     return dataclasses.replace(state, experts=weights[0], shared=weights[1])
 
 
-def _told(private, key, trainees, alignment, feedback):
+def _told(private, state, trainees, alignment, feedback):
     """What the aligner gets to know."""
-    return feedback if private is None else private.reported(stage_key(key, "feedback"), trainees, alignment, feedback)
+    if private is None:
+        return feedback
+    key = jax.random.fold_in(state.private.key, state.round)
+    return private.reported(stage_key(key, "feedback"), trainees, alignment, feedback)
 
 
 def _serve(server_optimizer, state, delta, served, anyone):
-    """The server's step on minus the delta. What nobody trained keeps its value."""
+    """The server's step on minus the delta. What too few trained keeps its value, and the optimizer learns nothing of it."""
     old = (state.experts, state.shared)
-    updates, optimizer = server_optimizer.update(jax.tree.map(jnp.negative, delta), state.optimizer, old)
-    experts, shared = optax.apply_updates(old, updates)
 
     def trained(served, new, value):
         return jnp.where(served.reshape(-1, *(1,) * (value.ndim - 1)), new, value)
 
-    experts = map_groups(trained, groups(experts), served, experts, state.experts)
-    return (experts, jax.tree.map(lambda new, value: jnp.where(anyone, new, value), shared, state.shared)), optimizer
+    def among(new, other):
+        experts = map_groups(trained, groups(state.experts), served, new[0], other[0])
+        return experts, jax.tree.map(lambda new, value: jnp.where(anyone, new, value), new[1], other[1])
+
+    gradient = among(jax.tree.map(jnp.negative, delta), jax.tree.map(jnp.zeros_like, delta))
+    updates, optimizer = server_optimizer.update(gradient, state.optimizer, old)
+    return among(optax.apply_updates(old, updates), old), optimizer

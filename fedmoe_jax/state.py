@@ -13,7 +13,7 @@ from fedmoe_jax.experts import groups, num_experts
 class State:
     """What the next round reads. `personal` holds each client's own router rows, or None when they are shared; `controls` the
     control variates of SCAFFOLD, `statistics` those of each MoE layer for the global router, `residuals` what compression kept
-    of each client's updates of (experts, shared), `private` the norm to which a private aggregator clips, or None without.
+    of each client's updates of (experts, shared), `private` what a private aggregator keeps, or None without.
 
     `tokens` and `last_trained` have the experts of all groups, group after group. `pace` is how many times as long as its
     profile says each client took lately.

@@ -172,6 +172,13 @@ REFUSED = {
     "min_holders: must be at most cohort": dict(min_holders=21),
     "secure_bits: goes with aggregator mean": dict(secure_bits=8, noise_multiplier=None, aggregator="krum"),
     "secure_bits: must be at most 30": dict(secure_bits=31),
+    "secure_bits: needs min_holders of at least 2": dict(secure_bits=8),
+    "secure_bits: must be less, so that clip_norm x 2\\^secure_bits x cohort is below 2\\^31": dict(secure_bits=28, min_holders=2),
+    "on_divergence: must not be rollback with noise": dict(on_divergence="rollback"),
+    "clip_quantile: goes with noise": dict(noise_multiplier=None, clip_quantile=0.0),
+    "sampling_rate: must be at least 1 / population": dict(sampling_rate=1e-9),
+    "target_delta: must be below 1 / population": dict(target_delta=0.4),
+    "noise_multiplier: must be at most 10000": dict(noise_multiplier=1e300),
 }
 
 

@@ -6,10 +6,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_round import CLIENTS, EXPERTS, KEY, algorithm, population
+from small_round import CLIENTS, EXPERTS, KEY, algorithm, aligner, distance, population
 
 from fedmoe_jax import NO_EXPERT, Alignment, Cohort, Feedback, alignment
 from fedmoe_jax.alignment import assign, holders, load
@@ -76,9 +77,9 @@ def test_one_holder_is_always_enough_and_none_is_refused():
 
 
 @functools.cache
-def guarded():
+def guarded(**options):
     made = alignment.balanced(num_experts=EXPERTS, max_slots=2, load=holders.at_least(load.monitor(), LEAST))
-    return algorithm(aligner=made, min_holders=LEAST, cohort_size=CLIENTS)
+    return algorithm(aligner=made, min_holders=LEAST, cohort_size=CLIENTS, **options)
 
 
 def test_balanced_gives_every_expert_enough_holders_or_none_in_rounds():
@@ -115,9 +116,30 @@ def test_what_changes_is_what_enough_send_or_where_that_is_hidden_what_enough_ho
     slots, tokens = jnp.zeros((4, 2)), jnp.asarray([[5, 3], [2, 0], [0, 0], [0, 0]], jnp.int32)
     told = Feedback(jnp.asarray([4, 4, 0, 0], jnp.int32), tokens, slots, slots, slots)
     aligned = Alignment(rows, rows[:, :0], slots, slots[:, 0])
-    for hidden, expected in ((False, sent), (True, held)):
-        found, anyone = holders.served(cohort, aligned, told, 4, least, hidden=hidden)
+    for hidden, expected, clients in ((False, sent, 2), (True, held, 3)):
+        found, enough = holders.served(cohort, aligned, told, 4, least, hidden=hidden)
         np.testing.assert_array_equal(found, np.array(expected, bool))
-        assert anyone
+        assert bool(enough) == (clients >= least)
     nothing = dataclasses.replace(told, examples=jnp.zeros(4, jnp.int32))
     assert [bool(holders.served(cohort, aligned, nothing, 4, least, hidden=hidden)[1]) for hidden in (False, True)] == [False, True]
+
+
+@pytest.mark.parametrize("broken", [(0, 1), (0, 1, 2, 3)])
+def test_the_server_learns_nothing_of_what_too_few_sent(broken):
+    """Neither weights nor what momentum keeps, nor of the shared part where too few clients are left."""
+    made = guarded(server_optimizer=optax.sgd(1.0, momentum=0.9))
+    start = made.init(KEY, population(broken=broken))
+    state, info = made.step(start, population(broken=broken))
+    few, (experts, shared) = np.asarray(state.last_trained) < 0, state.optimizer[0].trace
+    assert few.any() and (np.asarray(info.tokens)[few] > 0).any()
+    for leaf in jax.tree.leaves(experts):
+        np.testing.assert_array_equal([float(jnp.abs(leaf[expert]).max()) == 0 for expert in range(EXPERTS)], few)
+    enough = CLIENTS - len(broken) >= LEAST
+    assert all(bool((leaf != 0).any()) == enough for leaf in jax.tree.leaves(shared))
+    assert (distance(start.shared, state.shared) > 0) == enough
+
+
+@pytest.mark.parametrize("option", [dict(control_variates=True), dict(router="statistics")])
+def test_what_single_holders_return_beside_updates_is_refused(option):
+    with pytest.raises(ValueError, match="does not go with min_holders above 1"):
+        algorithm(aligner=aligner("random"), min_holders=2, **option)

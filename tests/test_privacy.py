@@ -55,7 +55,7 @@ def program(name, multiplier=0.0, chunk=CLIENTS):
 
     @jax.jit
     def run(clients, key):
-        total = made.init(EXPERT_ZEROS, SHARED_ZEROS, made.private.start())
+        total = made.init(EXPERT_ZEROS, SHARED_ZEROS, made.private.start(KEY).norm)
         for start in range(0, CLIENTS, chunk):
             total = made.add(total, jax.tree.map(lambda a, start=start: a[start : start + chunk], clients))
         return made.finish(total, key)
@@ -64,9 +64,9 @@ def program(name, multiplier=0.0, chunk=CLIENTS):
 
 
 def once(made, clients):
-    return jax.jit(lambda clients: made.finish(made.add(made.init(EXPERT_ZEROS, SHARED_ZEROS, made.private.start()), clients), KEY))(
-        clients
-    )
+    return jax.jit(
+        lambda clients: made.finish(made.add(made.init(EXPERT_ZEROS, SHARED_ZEROS, made.private.start(KEY).norm), clients), KEY)
+    )(clients)
 
 
 def of_client(clients, row):
@@ -189,7 +189,7 @@ def test_clipping_adapts_to_the_quantile():
         norm = rule.finish(total, key)[1]
         return norm, norm
 
-    _, path = jax.lax.scan(one, rule.private.start(), jax.random.split(KEY, 300))
+    _, path = jax.lax.scan(one, rule.private.start(KEY).norm, jax.random.split(KEY, 300))
     assert path[0] < 100 and abs((norms <= np.asarray(path[100:]).mean()).mean() - 0.75) < 0.05
 
 

@@ -1,5 +1,6 @@
 """Private rounds: what the server learns beside noisy sums, noise on every expert, options that change nothing, and the command."""
 
+import dataclasses
 import functools
 import json
 
@@ -14,7 +15,8 @@ from test_cli import TINY
 from fedmoe_jax import aggregation, cli, sampling
 from fedmoe_jax.aggregation.privacy import update_multiplier
 from fedmoe_jax.data.population import Population
-from fedmoe_jax.training import metrics, report
+from fedmoe_jax.training import metrics, report, setup, trainer
+from fedmoe_jax.training.config import TrainConfig
 
 NOISE, NORM, DEVIATION, RATE = 1.5, 0.1, 2.0, 0.4
 FIXED = aggregation.fixed_mean(clients=5.0, holders=2.5)
@@ -50,7 +52,7 @@ def test_with_withheld_scores_nothing_but_the_models_depends_on_the_data():
     assert first.tokens.tolist() != second.tokens.tolist()  # what the server would learn without noise
     assert (one.aligner.fitness.value == 1).all() and distance(weights(one), weights(other)) > 1e-3
     np.testing.assert_array_equal(one.last_trained, [2] * EXPERTS)
-    assert abs(float(one.private) - NORM) > 0.01
+    assert abs(float(one.private.norm) - NORM) > 1e-3
 
 
 def test_where_nobody_is_every_number_still_gets_noise_of_the_stated_scale():
@@ -133,6 +135,22 @@ def test_the_command_ends_with_what_is_spent(tmp_path, capsys):
     assert cli.main(["report", str(folder)]) == 0 and (folder / "report.html").read_text() == page
     assert cli.main(["train", *TINY, "--noise_multiplier", "1", "--out", str(tmp_path / "other")]) == 2
     assert capsys.readouterr().err == "fedmoe train: noise_multiplier: needs clip_norm, the most that a client's update may count\n"
+
+
+def test_noise_follows_from_no_seed():
+    config = TrainConfig(population=6, cohort=3, experts=4, rounds=2, clip_norm=1.0, noise_multiplier=1.0, model_options={"hidden": 8})
+    built = setup.build(config)
+    made = trainer.Run(built)
+    first = made.state
+    made.start(built)
+    keys = [jax.random.key_data(state.private.key) for state in (first, made.state)]
+    assert (keys[0] != keys[1]).any()
+    same = [dataclasses.replace(state, private=None) for state in (first, made.state)]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(*map(np.asarray, map(_raw, (a, b)))), *same)
+
+
+def _raw(leaf):
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
 def test_a_report_tells_what_was_saved_and_names_what_is_damaged():

@@ -223,7 +223,7 @@ def _checked(parts) -> tuple[tuple[Transform, ...], Aggregator]:
         for transform in transforms:
             if transform.apply is None:
                 raise ValueError(f"chain has {transform.name} without gaussian_noise, it must be followed by it")
-    if transforms and aggregator.encoder is not None:
+    if transforms and (aggregator.encoder is not None or aggregator.private is not None):
         raise ValueError("chain ends in a chain, give all transforms to one")
     for earlier, later in itertools.pairwise(transforms):
         if earlier.order >= later.order:

@@ -8,8 +8,10 @@ not do: an aligner with load bounds then gives the others other experts, and all
 
 So an update counts the same whatever its tokens and examples, sums are divided by fixed numbers, every expert gets noise whoever holds
 it, and the server learns nothing else from clients than what `gaussian_noise` says. What a simulation measures (`Info`, evaluation,
-metrics) is for the experimenter: it has no noise and is not covered. Noise follows from the key of the run, which must then stay
-secret. It is made of float32 numbers, whose gaps an attacker with every bit of a model may use (Mironov 2012).
+metrics) is for the experimenter: it has no noise and is not covered. Noise follows from `Kept.key`, and that from the key of the run,
+which must stay secret, be of true entropy (`jax.random.key(secrets.randbits(63))`) and serve for one run: two of the same key have the
+same noise. `fedmoe train` has the system draw `Kept.key`, whatever the seed. Noise is made of float32 numbers, whose gaps an attacker
+with every bit of a model may use (Mironov 2012).
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from fedmoe_jax.aggregation.chain import Transform
 from fedmoe_jax.aggregation.clip import Bound
 from fedmoe_jax.aggregation.secure import FixedPoint
-from fedmoe_jax.base import NO_EXPERT, Aggregator, Alignment, ClientUpdate, Cohort, Feedback, client_keys, stage_key
+from fedmoe_jax.base import NO_EXPERT, Aggregator, Alignment, ClientUpdate, Cohort, Feedback, client_keys, pytree, stage_key
 from fedmoe_jax.experts import groups, map_groups, num_experts
 
 NOISE = 40
@@ -39,6 +41,14 @@ class Fixed(NamedTuple):
     clients: float
 
 
+@pytree
+class Kept:
+    """What a private aggregator carries from round to round: the norm to which it clips, and the key of all noise."""
+
+    norm: Float[Array, ""]
+    key: Key[Array, ""]
+
+
 class Private(NamedTuple):
     """What a private aggregator is, for the round and for accounts.
 
@@ -50,9 +60,9 @@ class Private(NamedTuple):
     noise_multiplier: float
     feedback_multiplier: float | None
 
-    def start(self) -> Float[Array, ""]:
-        """The norm of the first round."""
-        return jnp.float32(self.bound.norm)
+    def start(self, key: Key[Array, ""]) -> Kept:
+        """The norm of the first round, and a key of noise that follows from that of the run."""
+        return Kept(jnp.float32(self.bound.norm), stage_key(key, "privacy"))
 
     def reported(self, key: Key[Array, ""], cohort: Cohort, alignment: Alignment, feedback: Feedback) -> Feedback:
         """What the aligner gets to know: one example of each present client, one token of each expert that it holds, and no losses.

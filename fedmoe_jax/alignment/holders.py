@@ -40,9 +40,9 @@ def served(
     here = cohort.present[:, None] & (alignment.held != NO_EXPERT)
     sends = here if hidden else here & (feedback.tokens > 0)
     number = combine(sends.astype(jnp.float32), alignment.held, jnp.ones(sends.shape), num_experts)
-    if not hidden:
-        return number >= min_holders, feedback.examples.sum() > 0
-    return (number >= min_holders) | (min_holders == 1), jnp.bool_(True)
+    clients = (cohort.present if hidden else feedback.examples > 0).sum()
+    always = hidden and min_holders == 1
+    return (number >= min_holders) | always, (clients >= min_holders) | always
 
 
 def at_least(monitor: LoadMonitor, min_holders: int) -> LoadMonitor:

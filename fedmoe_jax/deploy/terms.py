@@ -21,7 +21,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("control_variates", "rotate"), (False,)),
     **dict.fromkeys(("compress_bits", "compress_share", "broadcast_bits", "stream"), (None,)),
     **dict.fromkeys(("noise_multiplier", "target_epsilon", "secure_bits", "sampling_rate"), (None,)),
-    **{"devices": (None, 1), "expert_devices": (1,)},
+    **{"devices": (None, 1), "expert_devices": (1,), "on_divergence": ("continue",)},
     "availability": (1.0,),
     **dict.fromkeys(("speed_bias", "speed_jitter"), (0.0,)),
 }

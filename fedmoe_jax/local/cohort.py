@@ -119,17 +119,20 @@ class Trainer(NamedTuple):
         keys = client_keys(key, cohort.client)
         rows = (keys, cohort.client, cohort.client, cohort.present, alignment.held, alignment.probed, prior)
         rows = jax.tree.map(lambda row: _chunked(row[order], chunks, chunk), rows)
-        kept = state.controls, posterior.decayed(state.statistics), state.residuals
-        room: tuple[Any, ...] = () if self.aggregator.private is None else (state.private,)
+        kept, private = (state.controls, posterior.decayed(state.statistics), state.residuals), state.private
+        room: tuple[Any, ...] = () if private is None else (private.norm,)
+        noise = None if private is None else jax.random.fold_in(private.key, state.round)
         if self.aggregator.collects:
             room = chunks * chunk, alignment.held.shape[1] // len(groups(state.experts))
-        scan = functools.partial(self.scan, key=key) if self.mesh is None else functools.partial(spread.train, self)
+        scan = functools.partial(self.scan, key=noise) if self.mesh is None else functools.partial(spread.train, self)
         delta, kept, out = scan(state, population, rows, kept, room, self.uses(population))
         feedback, routers, loss, rejected = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][jnp.argsort(order)], out)
         feedback = Feedback(*feedback)
         examples = feedback.examples
         train_loss = jnp.where(examples.sum() > 0, (loss * examples).sum() / jnp.maximum(examples.sum(), 1), jnp.nan)
-        delta, private = (delta, None) if self.aggregator.private is None else delta
+        if private is not None:
+            delta, norm = delta
+            private = dataclasses.replace(private, norm=norm)
         return delta, routers, (*kept, private), feedback, (train_loss, rejected.sum())
 
     def train_one(self, key, received: Received, population, client, held, probed, prior) -> tuple[Any, dict[str, Any], Any, Any]:

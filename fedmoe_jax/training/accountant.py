@@ -14,13 +14,20 @@ other experts where one is not in the cohort. They need withheld scores, too, as
 nothing is kept of the rounds in which it was: no error feedback and, with a deadline, no pace.
 """
 
+import dataclasses
 import functools
 import math
+import secrets
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from fedmoe_jax.aggregation.clip import Bound
 from fedmoe_jax.aggregation.privacy import Private
+from fedmoe_jax.round import State
 from fedmoe_jax.training.config import TrainConfig, num_clients
 
 SAMPLING = ("none", "poisson", "fixed")
@@ -56,6 +63,16 @@ class Spent(NamedTuple):
     rounds: int
     noise_multiplier: float
     assumption: str
+
+
+def secret(state: State) -> State:
+    """The state with a key of noise that the operating system draws: nobody who knows the seed, and no other run, has it."""
+    if state.private is None:
+        return state
+    data = jax.random.key_data(state.private.key)
+    drawn = np.frombuffer(secrets.token_bytes(data.nbytes), data.dtype).reshape(data.shape)
+    key = jax.random.wrap_key_data(jnp.asarray(drawn), impl=jax.random.key_impl(state.private.key))
+    return dataclasses.replace(state, private=dataclasses.replace(state.private, key=key))
 
 
 def together(*noise_multipliers: float | None) -> float:

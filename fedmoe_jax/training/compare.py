@@ -45,6 +45,8 @@ def compare(config: TrainConfig, out: str | Path, *, aligners: list[str], seeds:
         raise UsageError(f"--seeds is {seeds}, it must be at least 1")
     if len(set(aligners)) < len(aligners) or not aligners:
         raise UsageError("--aligners must be different names")
+    if config.on_divergence == "rollback":
+        raise UsageError("on_divergence: compare keeps no checkpoints to go back to; choose continue or stop")
     if (config.devices or 1) * config.expert_devices > 1:
         raise UsageError("devices: compare trains on one device; leave devices and expert_devices out")
     configs = {aligner: dataclasses.replace(config, aligner=aligner) for aligner in aligners}

@@ -229,6 +229,7 @@ _MOST: dict[str, float] = dict.fromkeys(
     ("availability", "demand", "beta", "target", "compress_share", "agreement", "clip_quantile", "sampling_rate"), 1
 )
 _MOST |= {"seed": 2**32 - 1, "compress_bits": 8, "broadcast_bits": 8, "secure_bits": 30, "target_delta": 0.5}
+_MOST |= {"noise_multiplier": 1e4, "feedback_noise": 1e4, "clip_norm": 1e12}
 
 
 def validate(config: Any) -> None:
@@ -243,7 +244,7 @@ def validate(config: Any) -> None:
             fields.convert(value, hint)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-        problem = None if value is None else _number(config, name, value) if isinstance(value, int | float) else _text(name, value)
+        problem = None if value is None else _number(config, name, value) if isinstance(value, int | float) else _text(config, name, value)
         if problem:
             raise ValueError(f"{name}: {problem}")
 
@@ -262,13 +263,13 @@ def _number(config, name, value):
     return conflicts.problem(config, name, value)
 
 
-def _text(name, value):
+def _text(config, name, value):
     """What is wrong with a text, or None. Names of functions are only looked at, not imported."""
     if isinstance(value, str) and not value.strip():
         return "must not be empty"
     known = _NAMES.get(name)
     if known is None or value in known or (name in _CUSTOM and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value)):
-        return None
+        return conflicts.problem(config, name, value)
     if name == "profile" and value.endswith(PROFILE_FILES):
         return None
     file = f", a file that ends in {' or '.join(PROFILE_FILES)}" if name == "profile" else ""

@@ -20,7 +20,9 @@ def problem(config: Any, name: str, value: Any) -> str | None:
         return f"must be at least 3 with compress_share, since errors of fewer add up, got {value}"
     if name in ("noise_multiplier", "target_epsilon", "secure_bits"):
         return _of_sums(config, name)
-    if name in _WITHOUT_NOISE and value and not is_private(config):
+    if name == "on_divergence" and value == "rollback" and is_private(config):
+        return "must not be rollback with noise, since the rounds that are lost have been seen and cost budget"
+    if name in _WITHOUT_NOISE and value is not False and not is_private(config):
         return "goes with noise_multiplier or target_epsilon only, give one of them"
     if name == "feedback_noise" and config.fitness not in ("solo", "ranked_solo"):
         return f"goes with fitness solo or ranked_solo, whose scores it is on, not {config.fitness}"
@@ -30,6 +32,10 @@ def problem(config: Any, name: str, value: Any) -> str | None:
         return f"must be 1 with noise_multiplier or target_epsilon, whose noise is drawn on one device, got {value}"
     if name == "sampling_rate" and num_clients(config) is None:
         return "needs population with the natural split"
+    if name == "sampling_rate" and value * (num_clients(config) or 0) < 1:
+        return f"must be at least 1 / population, got {value}"
+    if name == "target_delta" and is_private(config) and value * (num_clients(config) or 0) >= 1:
+        return f"must be below 1 / population, got {value}"
     other = _MOST_FIELD.get(name)
     most = num_clients(config) if other == "population" else getattr(config, other or "", None)
     return f"must be at most {other} ({most}), got {value}" if most is not None and value > most else None
@@ -53,6 +59,10 @@ def _of_sums(config, name):
     if config.control_variates or config.router == "statistics":
         beside = "control_variates" if config.control_variates else "router statistics"
         return f"does not go with {beside}: what clients return for it is not protected"
+    if name == "secure_bits" and config.min_holders < 2:
+        return "needs min_holders of at least 2: the sum over one holder is its update"
+    if name == "secure_bits" and (config.clip_norm or 0) * 2.0**config.secure_bits * config.cohort >= 2**31:
+        return f"must be less, so that clip_norm x 2^secure_bits x cohort is below 2^31, got {config.secure_bits}"
     if name == "secure_bits":
         return None
     if config.router == "personal":

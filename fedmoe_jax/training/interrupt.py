@@ -91,3 +91,12 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def inside(what: str) -> Iterator[None]:
+    """Tells a ValueError inside a program, which is traced when it first runs, from one about an argument."""
+    try:
+        yield
+    except ValueError as error:
+        raise RuntimeError(f"{what} failed: {error}") from error

@@ -19,7 +19,7 @@ from fedmoe_jax.training import accountant, divergence, metrics
 from fedmoe_jax.training.checkpoint import Checkpoints
 from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, located, to_toml, validate
 from fedmoe_jax.training.evaluate import client_evaluation, global_evaluation
-from fedmoe_jax.training.interrupt import Interrupts, alone
+from fedmoe_jax.training.interrupt import Interrupts, alone, inside
 from fedmoe_jax.training.memory import is_out_of_memory, memory_bytes, peak_memory_bytes
 from fedmoe_jax.training.metrics import MetricsLog, Record
 from fedmoe_jax.training.plots import draw_run
@@ -158,7 +158,8 @@ class Run:
 
     def start(self, *setups: Setup) -> None:
         """Goes back to round 0, with the weights and seeds of `setups`; what was compiled stays."""
-        states = [setup.algorithm(self.chunk).init(jax.random.key(setup.config.seed), setup.population) for setup in setups]
+        made = (setup.algorithm(self.chunk).init(jax.random.key(setup.config.seed), setup.population) for setup in setups)
+        states = list(map(accountant.secret, made))
         self.state = states[0] if self.width == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
         self.done = self._returns = 0
 
@@ -287,7 +288,7 @@ class Run:
         while True:
             try:
                 state = jax.tree.map(jnp.copy, self.state) if first else self.state
-                with _not_the_users_mistake(f"round {self.done}"):
+                with inside(f"round {self.done}"):
                     self.state, infos = jax.block_until_ready(self.program(state, population, count))
                 return jax.device_get(infos)
             except jax.errors.JaxRuntimeError as error:
@@ -299,7 +300,7 @@ class Run:
 
     def _evaluate(self, run: int) -> dict[str, Any]:
         state = self.state if self.width == 1 else jax.tree.map(lambda leaf: leaf[run], self.state)
-        with _not_the_users_mistake("evaluation"):
+        with inside("evaluation"):
             return {name: value for evaluate in self.evaluations for name, value in evaluate(state).items()}
 
     def _record(self, round: int, infos: Info, place: tuple[int, int], seconds: float, results: dict[str, Any]) -> Record:
@@ -309,12 +310,3 @@ class Run:
         seconds = seconds / self.width
         speed = dict(wall_seconds=seconds, clients_per_second=float(row.clients) / seconds, peak_memory_bytes=peak_memory_bytes())
         return metrics.record(round, **values, **results, **speed)
-
-
-@contextlib.contextmanager
-def _not_the_users_mistake(what: str) -> Iterator[None]:
-    """Tells a ValueError inside a program, which is traced when it first runs, from one about an argument."""
-    try:
-        yield
-    except ValueError as error:
-        raise RuntimeError(f"{what} failed: {error}") from error
