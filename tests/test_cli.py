@@ -144,6 +144,7 @@ def test_other_mistakes_take_one_line(capsys, tmp_path):
     refused(capsys, ["compare", *TINY, "--seeds", 0, "--out", tmp_path / "a"], "seeds")
     refused(capsys, ["compare", *TINY, "--aligners", "random", "random", "--out", tmp_path / "a"], "aligners")
     refused(capsys, ["compare", *TINY, "--aligners", "random", "fairest", "--out", tmp_path / "a"], "aligner")
+    refused(capsys, ["compare", *TINY, "--on_divergence", "rollback", "--out", tmp_path / "a"], "on_divergence")
     refused(capsys, ["eval"], "folder")
     refused(capsys, ["eval", tmp_path], str(tmp_path))
     refused(capsys, ["report", tmp_path / "absent"], "absent")

@@ -277,7 +277,8 @@ def test_damaged_messages_are_refused_or_other_numbers(place):
 
 
 def test_configurations_that_cannot_be_deployed_are_told(tmp_path):
-    for name, value in (("router", "statistics"), ("compress_bits", 8), ("control_variates", True), ("availability", 0.5)):
+    beside = (("noise_multiplier", 1.0), ("devices", 2), ("on_divergence", "rollback"))
+    for name, value in (("router", "statistics"), ("compress_bits", 8), ("control_variates", True), ("availability", 0.5), *beside):
         with pytest.raises(ValueError, match=f"{name}: {value} cannot be had with real clients"):
             terms.deployable(dataclasses.replace(real.config(tmp_path), **{name: value}))
 
