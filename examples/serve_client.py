@@ -18,11 +18,20 @@ def answers(folder: str, lines: Iterable[str]) -> Iterator[str]:
     served = load(folder)
     shape = served.config["model"]["input_shape"]
     for line in lines:
-        x = jnp.asarray(json.loads(line), jnp.float32)
-        odds = jax.nn.softmax(served.logits(x.reshape(1, *shape))[0])
+        try:
+            x = jnp.asarray(json.loads(line), jnp.float32).reshape(1, *shape)
+        except (ValueError, TypeError) as error:
+            yield json.dumps({"error": f"no example of shape {shape}: {' '.join(str(error).split())[:100]}"})
+            continue
+        odds = jax.nn.softmax(served.logits(x)[0])
         yield json.dumps({"class": int(odds.argmax()), "probability": round(float(odds.max()), 4)})
 
 
 if __name__ == "__main__":
-    for answer in answers(sys.argv[1], sys.stdin):
-        print(answer, flush=True)
+    if len(sys.argv) != 2:
+        sys.exit("usage: serve_client.py EXPORT < LINES")
+    try:
+        for answer in answers(sys.argv[1], sys.stdin):
+            print(answer, flush=True)
+    except ValueError as error:
+        sys.exit(f"serve_client.py: {error}")

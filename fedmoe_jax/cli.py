@@ -149,6 +149,8 @@ def _others_ended(error: RuntimeError) -> bool:
 
 def _go_on(words: list[str]) -> str:
     """How to go on with a run that has ended early, where it has left something."""
+    if words[0] == "serve":
+        return "; the same command goes on"
     folder = _out(words) if words[0] == "train" else None
     return f"; go on with fedmoe train --resume --out {folder}" if folder and (Path(folder) / "config.toml").is_file() else ""
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -61,9 +62,9 @@ def serve(
       StoppedError: if the server or the SuperLink has ended before the run is done.
     """
     names = _checked(certificates, keys)
+    Server(config, out, note=say)  # tells what cannot be before anything is started, and claims the folder
     if (out / "summary.json").exists():
         return
-    Server(config, out, note=say)  # tells what cannot be before anything is started, and claims the folder
     home = out.absolute() / "flower"
     (home / "app" / "fedmoe").mkdir(parents=True, exist_ok=True)
     (home / "app" / "fedmoe" / "pyproject.toml").write_text(_APP)
@@ -84,6 +85,7 @@ def serve(
         for path in sorted(keys.glob("*.pub")):
             _flwr(environment, "supernode", "register", str(path.absolute()), "here")
         _flwr(environment, "run", str(home / "app" / "fedmoe"), "here")
+        say(f"listening on {host}:{port}; a round begins when {least} clients are there")
         while not (out / "summary.json").exists():
             failed = superlink.poll() is not None
             for line in iter(lines.readline, ""):
@@ -118,6 +120,8 @@ def join(client: Client, *, server: str, ca: Path, key: Path, attempts: int = 5,
             raise UsageError(f"{name}: {path} is no file")
     home = client.shelf.folder.absolute() / "flower"
     home.mkdir(exist_ok=True)
+    if not re.fullmatch(r"\S+:\d+", server):
+        raise UsageError(f"--server is {server}, it must be HOST:PORT")
     log, private = home / "supernode.log", Path(tempfile.mkdtemp(prefix="fedmoe-"))  # names of sockets must be short
     command = ["flower-supernode", "--superlink", server, "--root-certificates", str(ca.absolute())]
     command += ["--auth-supernode-private-key", str(key.absolute()), "--node-config", f'socket="{private / "socket"}"']

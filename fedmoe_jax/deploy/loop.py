@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from fedmoe_jax.deploy.server import Server
+from fedmoe_jax.training.metrics import Record
 
 HELLO, TASK = "hello", "task"
 """What a client may be asked: what it is, and a round of training."""
@@ -75,7 +76,7 @@ def serve(
             elif reply.kind == TASK and reply.data is not None:
                 server.accept(reply.node, reply.data)
         if until is not None and (not server.waiting or clock() >= until):
-            server.close()
+            server.note(told(server.close(), server.config.rounds))
             until = None
         if server.started and server.done >= server.config.rounds:
             break
@@ -87,3 +88,16 @@ def serve(
             until = clock() + patience
         sleep(pause)
     server.finish()
+
+
+def told(record: Record, rounds: int) -> str:
+    """What is printed of a round that has ended."""
+    facts = [f"round {record['round'] + 1}/{rounds}"]
+    formats = (
+        ("dropped", "dropped_clients", "{:.0f}"),
+        ("loss", "train_loss", "{:.3f}"),
+        ("test loss", "eval_loss", "{:.3f}"),
+        ("accuracy", "eval_accuracy", "{:.3f}"),
+    )
+    facts += [f"{label} {form.format(record[name])}" for label, name, form in formats if record.get(name) is not None]
+    return "  ".join(facts)
