@@ -18,6 +18,9 @@ DELTA = 1e-5
 PRIVATE = TrainConfig(clip_norm=1.0, noise_multiplier=1.0)
 
 
+COINS = Sampling("poisson", 1000, 60, 0.02)
+
+
 def delta_of(epsilon, noise_multiplier, rounds):
     """Of so many Gaussian mechanisms, which are one of a root of their number less noise: Balle and Wang 2018, theorem 8."""
     mean = math.sqrt(rounds) / noise_multiplier
@@ -117,6 +120,11 @@ def test_impossible_targets_are_named():
         accountant.noise_multiplier(0.0, 1, delta=DELTA)
     with pytest.raises(ValueError, match=r"target_epsilon is 1e-07, which takes a noise_multiplier above 10,000"):
         accountant.noise_multiplier(1e-7, 1000, delta=1e-9)
+
+
+def test_unseen_cohorts_cost_what_the_readme_says():
+    found = [accountant.epsilon(300, noise_multiplier=1.0, delta=1e-5, sampling=each) for each in (Sampling("fixed", 1000, 20), COINS)]
+    assert [f"{epsilon:.3g}" for epsilon in found] == ["15.8", "2.2"]
 
 
 def test_a_missing_extra_is_told(monkeypatch):

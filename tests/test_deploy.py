@@ -1,9 +1,7 @@
 """Rounds of real clients, all in one process: those of the simulation, and what becomes of clients that vanish, lie or come late."""
 
-import asyncio
 import dataclasses
 import json
-import sys
 import threading
 from multiprocessing import connection
 
@@ -12,9 +10,8 @@ import numpy as np
 import pytest
 import real_clients as real
 
-from fedmoe_jax import cli
 from fedmoe_jax.deploy import layout as layouts
-from fedmoe_jax.deploy import loop, messages, superlink, terms, worker
+from fedmoe_jax.deploy import loop, messages, terms, worker
 from fedmoe_jax.deploy.client import Client
 from fedmoe_jax.deploy.loop import Reply
 from fedmoe_jax.deploy.messages import RefusedError
@@ -262,27 +259,6 @@ def test_clients_refuse_tasks_that_they_cannot_trust(run, server, tmp_path):
         forgetful.train(messages.encode("task", task.header | {"experts": there}, kept))
 
 
-@pytest.mark.parametrize("place", [0, 5, 40, 100, -20, -1])
-def test_damaged_messages_are_refused_or_other_numbers(place):
-    data = messages.encode("kind", {"a": 1}, {"x": np.ones(8, np.float32)})
-    for flip in (1, 64, 255):
-        broken = bytearray(data)
-        broken[place] ^= flip
-        try:
-            found = messages.decode(bytes(broken), "kind", most_bytes=1 << 20)
-            messages.check_header(found.header, {"a": int})
-            messages.check_arrays(found.arrays, {"x": messages.Array((8,))})
-        except RefusedError as error:
-            assert "\n" not in str(error)
-
-
-def test_configurations_that_cannot_be_deployed_are_told(tmp_path):
-    beside = (("noise_multiplier", 1.0), ("devices", 2), ("on_divergence", "rollback"))
-    for name, value in (("router", "statistics"), ("compress_bits", 8), ("control_variates", True), ("availability", 0.5), *beside):
-        with pytest.raises(ValueError, match=f"{name}: {value} cannot be had with real clients"):
-            terms.deployable(dataclasses.replace(real.config(tmp_path), **{name: value}))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
@@ -389,61 +365,3 @@ def test_the_clients_process_answers_on_a_socket_and_survives_its_errors(run, se
         assert ask(b"x").startswith(b"-KeyError")
         answer = ask(b"t" + server.open(NODES)["node-0"])
         assert server.accept("node-0", answer[1:])
-
-
-@pytest.mark.parametrize(
-    ("path", "peer", "passes"),
-    [
-        ("/v1/fleet/pull-messages", "10.0.0.9", True),
-        ("/v1/control/start-run", "10.0.0.9", False),
-        ("/v1/control/start-run", "::ffff:10.0.0.9", False),
-        ("/v1/fleet/../control/start-run", "10.0.0.9", False),
-        ("/v1/runtime/acquire-task", "10.0.0.9", False),
-        ("/v1/control/start-run", "127.0.0.1", True),
-        ("/v1/control/start-run", "::1", True),
-        ("/v1/control/start-run", None, False),
-    ],
-)
-def test_other_machines_reach_the_fleet_only(path, peer, passes):
-    sent, passed = [], []
-
-    async def app(scope, receive, send):
-        passed.append(scope["path"])
-
-    async def send(message):
-        sent.append(message)
-
-    scope = {"type": "http", "path": path, "client": peer and (peer, 1)}
-    asyncio.run(superlink.Guard(app)(scope, None, send))
-    assert bool(passed) == passes and (passes or sent[0]["status"] == 403)
-
-
-def test_mistakes_on_the_command_line_are_told_in_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def told(*words, status=2):
-        assert cli.main([*words]) == status
-        line = capsys.readouterr().err
-        assert line.count("\n") == 1
-        return line
-
-    assert "--out is missing" in told("serve")
-    assert "patience: expected a number" in told("serve", "--patience", "x", "--out", "run")
-    assert "data: nowhere/data.npz holds no examples" in told("join", "--data", "nowhere/data.npz")
-    monkeypatch.setitem(sys.modules, "flwr", None)
-    (tmp_path / "data").mkdir()
-    np.savez(tmp_path / "data" / "data.npz", x=np.zeros((2, 3), np.float32), y=np.arange(2))
-    assert "pip install 'fedmoe-jax[flower]'" in told("join")
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    pytest.importorskip("flwr", reason="flwr is not installed")
-    assert "ca: ca.crt is no file" in told("join")
-    assert "certificates: certificates has no ca.crt" in told("serve", "--out", "run")
-    (tmp_path / "certificates").mkdir()
-    for name in ("ca.crt", "server.crt", "server.key"):
-        (tmp_path / "certificates" / name).touch()
-    assert "keys: keys has no public keys" in told("serve", "--out", "run")
-    (tmp_path / "keys").mkdir()
-    (tmp_path / "keys" / "a.pub").write_text("nonsense")
-    assert "keys/a.pub is no public key" in told("serve", "--out", "run")
-    assert not (tmp_path / "run").exists()
