@@ -32,6 +32,11 @@ LAYERS = [
     (64, 32, 32, 64, 64, 1),
     (256, 16, 8, 64, 64, 1),
     (16, 32, 16, 128, 128, 1),
+    (20, 40, 32, 64, 64, 1),
+    (20, 40, 32, 64, 128, 2),
+    (20, 40, 16, 128, 128, 1),
+    (20, 40, 16, 128, 256, 2),
+    (20, 40, 8, 256, 256, 1),
 ]
 SMALL = [(4, 4, 8, 1, 8, 1), (4, 4, 8, 16, 16, 2)]
 
@@ -42,11 +47,12 @@ def milliseconds(layer, method, dtype, repeats):
     graph, _ = nnx.split(Conv(before, after, stride=stride, method=method, dtype=dtype, rngs=nnx.Rngs(0)))
     keys = jax.random.split(jax.random.key(0), clients)
     kernels = jax.vmap(lambda key: nnx.state(Conv(before, after, stride=stride, rngs=nnx.Rngs(key))))(keys)
-    x = jax.random.normal(jax.random.key(1), (clients, examples, size, size, before))
+    x = jax.random.normal(jax.random.key(1), (clients, examples, size, size, before), dtype)
 
     @jax.jit
     def both(kernels, x):
-        return jax.vmap(jax.grad(lambda kernel, x: jnp.sum(jnp.sin(nnx.merge(graph, kernel)(x))), argnums=(0, 1)))(kernels, x)
+        gradient = jax.grad(lambda kernel, x: jnp.sum(jnp.sin(nnx.merge(graph, kernel)(x)), dtype=jnp.float32), argnums=(0, 1))
+        return jax.vmap(gradient)(kernels, x)
 
     jax.block_until_ready(both(kernels, x))
     times = []

@@ -12,6 +12,7 @@ devices included; where devices are threads of a CPU, of their number times the 
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import glob
 import json
@@ -28,7 +29,7 @@ import fedmoe_jax as fm
 from fedmoe_jax.distributed.traffic import collectives, expected
 from fedmoe_jax.training.metrics import environment
 
-COLLECTIVES = ("nccl", "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "ppermute", "psum", "all_gather")
+COLLECTIVES = ("nccl", "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "ppermute", "psum")
 ROUNDS = 3
 
 
@@ -54,7 +55,7 @@ CASES = {"mlp": (mlp, 1024, 64), "wide": (wide, 256, 16)}
 
 
 class Side:
-    """A round on a mesh, compiled, with its state and population."""
+    """A round on a mesh, with its state and population."""
 
     def __init__(self, case, cohort, shape, small):
         data, model, loss, options = case(cohort, small)
@@ -64,7 +65,11 @@ class Side:
         algorithm = fm.federated_moe(model, loss, server_optimizer=optax.sgd(1.0), engine="auto", mesh=self.mesh, **options)
         self.data, self.state, self.candidates = data, algorithm.init(jax.random.key(0), data), options["aligner"]
         self.candidates = self.candidates.max_slots + self.candidates.probes
-        self.program = fm.rounds(algorithm.step, ROUNDS).lower(self.state, data, ROUNDS).compile()
+        self.lowered = fm.rounds(algorithm.step, ROUNDS).lower(self.state, data, ROUNDS)
+
+    def compile(self):
+        self.program = self.lowered.compile()
+        return self
 
     def __call__(self):
         """Seconds of a round."""
@@ -101,19 +106,24 @@ class Side:
             ]
             devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
             if devices:
-                return sum(map(_share, devices)) / len(devices)
+                shares = [_share(spans) for spans in map(_spans, devices) if spans]  # those of the mesh
+                return sum(shares) / len(shares)
             events = [event for plane in planes for line in plane.lines if line.name.startswith("tf_XLA") for event in line.events]
             return sum(event.duration_ns for event in events if _is_collective(event)) / (wall * self.mesh.size)
 
 
 def _is_collective(event):
-    return any(word in event.name.lower() for word in COLLECTIVES)
+    return any(word in event.name.lower().replace("_", "-") for word in COLLECTIVES)
 
 
-def _share(plane):
-    """Time of a GPU in collectives, overlaps counted once, over that from its first to its last event."""
+def _spans(plane):
+    """Begin and end of what a GPU did, and whether that was a collective."""
     lines = [line for line in plane.lines if line.name.startswith("Stream")] or list(plane.lines)
-    spans = [(event.start_ns, event.start_ns + event.duration_ns, _is_collective(event)) for line in lines for event in line.events]
+    return [(event.start_ns, event.start_ns + event.duration_ns, _is_collective(event)) for line in lines for event in line.events]
+
+
+def _share(spans):
+    """Time of a GPU in collectives, overlaps counted once, over that from its first to its last event."""
     covered, until = 0.0, float("-inf")
     for first, last, _ in sorted(span for span in spans if span[2]):
         covered += max(0.0, last - max(first, until))
@@ -136,6 +146,8 @@ def figures(case, scaling, arguments):
     cohort = arguments.cohort or (little if arguments.small else large)
     shapes = [shape for shape in shapes_of(arguments.devices or jax.device_count()) if scaling == "strong" or shape[1] == 1]
     sides = [Side(make, cohort * (shape[0] if scaling == "weak" else 1), shape, arguments.small) for shape in shapes]
+    with concurrent.futures.ThreadPoolExecutor(len(sides)) as pool:
+        sides = list(pool.map(Side.compile, sides))
     times = in_turns(*sides, repeats=arguments.repeats)
     for side, (rows, columns), seconds in zip(sides, shapes, times, strict=True):
         mesh = f"{rows} x {columns} devices"
@@ -147,7 +159,9 @@ def figures(case, scaling, arguments):
         if side.mesh.size > 1:
             sent, formula = side.sent()
             yield f"sent by a device, {mesh}", sent, "bytes", "formula", sent / formula
-            yield f"share of time in collectives, {mesh}", side.share(), "1", None, None
+    for side, (rows, columns) in zip(sides, shapes, strict=True):
+        if side.mesh.size > 1:
+            yield f"share of time in collectives, {rows} x {columns} devices", side.share(), "1", None, None
 
 
 def main():

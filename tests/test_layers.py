@@ -102,6 +102,19 @@ def test_conv_equals_lax(stride, size, method):
         Conv(1, 1, method="fft", rngs=nnx.Rngs(0))
 
 
+def test_conv_is_convolved_only_where_that_is_quicker(monkeypatch):
+    def is_convolved(size, out, stride=1, dtype=jnp.bfloat16):
+        conv = Conv(4, out, stride=stride, dtype=dtype, rngs=nnx.Rngs(0))
+        x = jnp.ones((1, size, size, 4))
+        np.testing.assert_allclose(conv(x), Conv(4, out, stride=stride, dtype=dtype, method="matmul", rngs=nnx.Rngs(0))(x), atol=0.05)
+        return "conv_general_dilated" in str(jax.make_jaxpr(lambda x: conv(x))(x))
+
+    assert not is_convolved(16, 4)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert is_convolved(16, 4)
+    assert not any((is_convolved(15, 4), is_convolved(16, 8), is_convolved(16, 4, stride=2), is_convolved(16, 4, dtype=jnp.float32)))
+
+
 def test_norms_equal_numpy():
     x = np.random.default_rng(0).normal(2, 3, (2, 3, 4, 6)).astype(np.float32)
     rms, group = RMSNorm(6), GroupNorm(6, 3)

@@ -39,6 +39,19 @@ def test_momentum_and_nesterov_differ_from_sgd():
     assert two_steps("nesterov") == pytest.approx(-0.1 * (1.9 + 2.71))
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weight_decay_pulls_to_zero(name):
+    def moved(decay):
+        make, value = optimizers.optimizer(name, 0.1, decay), jnp.array([1.0, -2.0])
+        return make.update(jnp.zeros(2), make.init(value), value)[0]
+
+    assert (jnp.sign(moved(0.5)) == jnp.array([-1, 1])).all()
+    if name == "sgd":
+        np.testing.assert_allclose(moved(0.5), [-0.05, 0.1], rtol=1e-4)
+    if name == "adamw":
+        np.testing.assert_allclose(moved(0.5) - moved(0.0), [-0.05, 0.1], rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_starts_at_the_rate_and_only_constant_stays(name):
     rate = optimizers.schedule(name, 0.5, 10)

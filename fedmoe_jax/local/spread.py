@@ -94,8 +94,10 @@ def train(trainer: Any, state: Any, population: Any, rows: Any, kept: Any, room:
 
     What clients keep comes from, and goes back to, the devices that have it as the rows of the cohort, [chunk, client, ...].
     """
-    mesh, number = trainer.mesh, rows[2]
-    rows = sharding.everywhere(rows, mesh)
+    mesh, (keys, client, number, present, held, probed, prior) = trainer.mesh, rows
+    # In one, as there may be no probes: the compiler of JAX 0.11 crashes where an array without entries enters a shard_map.
+    received, slots = jnp.concatenate([held, probed], -1), held.shape[-1]
+    rows = sharding.everywhere((keys, client, number, present, received, prior), mesh)
     controls, statistics, residuals = kept
     of_clients = None if controls is None else (controls.experts, controls.shared, controls.tokens, controls.examples)
     stores = store.of_client((state.personal, of_clients, residuals), number)
@@ -110,8 +112,9 @@ def train(trainer: Any, state: Any, population: Any, rows: Any, kept: Any, room:
         local = dataclasses.replace(state, **_UNUSED, experts=experts, shared=shared, round=round, personal=personal, controls=own)
         unsummed = None if own is None else dataclasses.replace(own, sums=jax.tree.map(jnp.zeros_like, sums))
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), statistics)
-        keys, client, number, *others = rows
-        rows = keys, client, jnp.arange(number.size).reshape(number.shape), *others
+        keys, client, number, present, received, prior = rows
+        held, probed = received[..., :slots], received[..., slots:]
+        rows = keys, client, jnp.arange(number.size).reshape(number.shape), present, held, probed, prior
         delta, (own, seen, residuals), out = trainer.scan(local, population, rows, (unsummed, nothing, residuals), room, uses)
         more = jax.lax.psum((None if own is None else own.sums, seen), AXES)
         own = None if own is None else tuple(getattr(own, name) for name in _OF_CLIENTS)
@@ -123,7 +126,7 @@ def train(trainer: Any, state: Any, population: Any, rows: Any, kept: Any, room:
         out_specs=((weights, _ALL), _ROWS, _ALL, _ROWS), check_vma=False,
     )  # fmt: skip
     delta, stores, more, out = program(state.experts, state.shared, state.round, sums, population, stores, rows)
-    of_clients, residuals = _put_back((of_clients and _given(controls), residuals), stores, number, rows[3])
+    of_clients, residuals = _put_back((of_clients and _given(controls), residuals), stores, number, present)
     if controls is not None:
         sums = jax.tree.map(jnp.add, sums, more[0])
         controls = dataclasses.replace(controls, **dict(zip(_OF_CLIENTS, of_clients, strict=True)), sums=sums)

@@ -48,14 +48,14 @@ class Conv(nnx.Module):
     """3 x 3 convolution with zero padding and without bias. Kernel [9 * in, out], rows ordered (row, column, channel).
 
     Clients have kernels of their own, and a convolution with a kernel for each client runs as a grouped convolution, which
-    is mostly slower than a batched matmul (`benchmarks/convolutions.py`).
+    is quicker than a batched matmul for some layers only (`benchmarks/convolutions.py`).
 
     Args:
       in_features, out_features: channels.
       stride: between positions of the output.
-      method: "matmul", the nine shifts of the image times one matrix; or "convolution", XLA's, which on an H200 took up to
-        7 times as long, and in bfloat16 with as many channels out as in and large images down to 0.65 of the time. The dual
-        engine takes "matmul" only.
+      method: "matmul", the nine shifts of the image times one matrix, which is all that the dual engine takes; "convolution",
+        XLA's; or "auto", the latter where it was the quicker on an H200: on a GPU, in bfloat16, with as many channels out as in,
+        without stride, and on images of 16 x 16 or more.
       dtype: what it computes in, by default that of x.
 
     Raises:
@@ -68,12 +68,12 @@ class Conv(nnx.Module):
         out_features: int,
         *,
         stride: int = 1,
-        method: str = "matmul",
+        method: str = "auto",
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
-        if method not in ("matmul", "convolution"):
-            raise ValueError(f"method is {method!r}, must be 'matmul' or 'convolution'")
+        if method not in ("auto", "matmul", "convolution"):
+            raise ValueError(f"method is {method!r}, must be 'auto', 'matmul' or 'convolution'")
         self.linear = Linear(9 * in_features, out_features, use_bias=False, dtype=dtype, rngs=rngs)
         self.shape = 3, 3, in_features, out_features
         self.stride = stride
@@ -81,12 +81,17 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "example height width in"]) -> Float[Array, "example new_height new_width out"]:
         """The output has ceil(height / stride) rows and ceil(width / stride) columns."""
-        if self.method == "convolution":
+        if self.method == "convolution" or (self.method == "auto" and self._is_quicker_convolved(x)):
             return self._convolved(x)
         height, width = x.shape[1:3]
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         shifts = [padded[:, i : i + height : self.stride, j : j + width : self.stride] for i in range(3) for j in range(3)]
         return self.linear(jnp.concatenate(shifts, -1))
+
+    def _is_quicker_convolved(self, x):
+        dtype = x.dtype if self.linear.dtype is None else self.linear.dtype
+        alike = self.stride == 1 and self.shape[2] == self.shape[3] and min(x.shape[1:3]) >= 16
+        return jax.default_backend() == "gpu" and dtype == jnp.bfloat16 and alike
 
     def _convolved(self, x):
         x = x if self.linear.dtype is None else x.astype(self.linear.dtype)

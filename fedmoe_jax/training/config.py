@@ -80,6 +80,8 @@ class TrainConfig:
     """Learning rate of the clients."""
     client_schedule: str = "cosine"
     """Client learning rate over the rounds: constant, cosine or linear."""
+    weight_decay: float | None = None
+    """Weight decay of the clients; none if not given, or what adamw and lion have of their own."""
     server_optimizer: str = "sgd"
     """As client_optimizer, applied to the aggregate of a round."""
     server_lr: float = 1.0
@@ -219,7 +221,7 @@ _LEAST = {
     **dict.fromkeys(("domains", "compress_bits", "broadcast_bits"), 2),
     **dict.fromkeys(("shared_experts", "probes", "seed", "balance_weight", "prox", "router_prior", "tolerance"), 0),
     **dict.fromkeys(("demand", "agreement", "least_spread", "speed_bias", "speed_jitter", "bad_share"), 0),
-    **dict.fromkeys(("noise_multiplier", "clip_quantile", "secure_bits"), 0),
+    **dict.fromkeys(("noise_multiplier", "clip_quantile", "secure_bits", "weight_decay"), 0),
 }
 _ABOVE_ZERO = (
     *("availability", "alpha", "client_lr", "server_lr", "shared_lr", "beta", "deadline", "target", "compress_share"),
