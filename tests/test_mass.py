@@ -123,6 +123,10 @@ def test_rows_that_the_dual_engine_loses_are_seen(monkeypatch):
 
 RULES = {
     "median": aggregation.median(),
+    "trimmed": aggregation.trimmed_mean(share=0.2),
+    "krum": aggregation.krum(byzantine=0.2, keep=None),
+    "geometric": aggregation.geometric_median(),
+    "agreement": aggregation.mean(agreement=0.5),
     "fixed": aggregation.fixed_mean(clients=5.0, holders=2.5),
     "secure": aggregation.fixed_mean(clients=5.0, holders=2.5, fixed_point=aggregation.FixedPoint(16, clients=5)),
     "compressed": aggregation.chain(aggregation.sparsify(share=0.5), aggregation.quantize(bits=8), aggregation.mean()),
