@@ -87,9 +87,9 @@ class ClientProfile:
         Args:
           key: of the draw.
           n: number of clients, at least 1; static under jit.
-          source: "phones", real phones and networks from the data of FLASH [1], with the assumptions that
-            `fedmoe_jax.devices` states; "tiers", three made-up kinds of phone with equal chances; "uniform", the same
-            plain phone for all, whatever the key; or a profile, whose rows are drawn with equal chances and whole.
+          source: "phones", real phones and networks from the data of FLASH [1], with the assumptions that `fedmoe_jax.devices` states;
+            "tiers", three made-up kinds of phone with equal chances; "uniform", the same plain phone for all, whatever the key; or a
+            profile, whose rows are drawn with equal chances and whole.
 
         Returns:
           One entry a client: float32 FLOP/s, bytes of memory, downlink and uplink bytes/s.
@@ -98,8 +98,7 @@ class ClientProfile:
           ValueError: if `n` < 1, or `source` is unknown or a profile without rows or with columns of unequal length.
 
         References:
-          [1] C. Yang et al., "Characterizing Impacts of Heterogeneity in Federated Learning upon Large-Scale Smartphone
-              Data", WWW 2021.
+          [1] C. Yang et al., "Characterizing Impacts of Heterogeneity in Federated Learning upon Large-Scale Smartphone Data", WWW 2021.
         """
         if n < 1:
             raise ValueError(f"n is {n}, it must be at least 1")
@@ -171,11 +170,9 @@ class Population(Protocol):
     @property
     def max_examples(self) -> int:
         """Examples of the largest client."""
-        ...
 
     def num_examples(self, client: Int[Array, ""]) -> Int[Array, ""]:
         """Examples of one client."""
-        ...
 
     def batch(self, client: Int[Array, ""], position: Int[Array, " example"]) -> Batch:
         """One client's examples at `position`, 0 to num_examples - 1; other positions are masked."""
@@ -199,14 +196,15 @@ class Cohort:
 class Alignment:
     """Which experts each client trains (`held`) and merely tries (`probed`); empty places are `NO_EXPERT`.
 
-    `fitness` is the score of each held pair (0 in empty slots), `fitness_mean` each client's mean over all experts,
-    with several groups over those of each group.
+    `fitness` is the score of each held pair (0 in empty slots), `fitness_mean` each client's mean over all experts, with several groups
+    over those of each group. `promised` is what an aligner promises of `held`, an `alignment.Promise`, or None.
     """
 
     held: Int[Array, "client slot"]
     probed: Int[Array, "client probe"]
     fitness: Float[Array, "client slot"]
     fitness_mean: Float[Array, "client *group"]
+    promised: Any = None
 
     @property
     def centred(self) -> Float[Array, "client slot"]:
@@ -263,9 +261,8 @@ class Fitness(NamedTuple):
 class LoadMonitor(NamedTuple):
     """How much each expert of a group has been trained, and how many clients it should get.
 
-    init(num_experts) -> state; bounds(state, slots, wanted) -> (lower, upper), Int[expert] each, `wanted` being the slots
-    that ask for each expert; update(state, held, tokens, wanted) -> state; deficit(state) -> Float[expert], the clients
-    that each expert is behind.
+    init(num_experts) -> state; bounds(state, slots, wanted) -> (lower, upper), Int[expert] each, `wanted` being the slots that ask for
+    each expert; update(state, held, tokens, wanted) -> state; deficit(state) -> Float[expert], the clients that each is behind.
     """
 
     init: Callable[[int], PyTree]
@@ -298,6 +295,7 @@ class Aggregator(NamedTuple):
     clients that start at 0, which devices add up. `needs` says what it reads of each client: "sum", "norms" or "deltas". One that
     `collects` keeps all of a cohort in init(experts, shared, clients, slots of a group). `encoder` is what becomes of updates on their way.
     One that is `private` (see `privacy`) is init(experts, shared, kept), finish(total, key) -> (deltas, kept); it divides by `fixed`.
+    `law`, a `mass.Law`, is what it makes of deltas, None if it does not say.
     """
 
     init: Callable[..., PyTree]
@@ -308,6 +306,7 @@ class Aggregator(NamedTuple):
     collects: bool = False
     private: Any = None
     fixed: Any = None
+    law: Any = None
 
 
 @runtime_checkable

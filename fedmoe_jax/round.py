@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
-from fedmoe_jax import aggregation, arguments, cache, invariants, posterior, sampling, scaffold, sharding
+from fedmoe_jax import aggregation, arguments, cache, invariants, mass, posterior, sampling, scaffold, sharding
 from fedmoe_jax.aggregation import Transform, compression
 from fedmoe_jax.alignment import capacity, holders
 from fedmoe_jax.alignment.capacity import admit as admit
@@ -31,7 +31,8 @@ STATISTICS_BATCHES = 4
 class Opening(NamedTuple):
     """What a round has settled before its clients train: who takes part, who holds what, and what that is to cost.
 
-    `key` is that of local training, `planned` the seconds that the round takes each client by its profile.
+    `key` is that of local training, `planned` the seconds that the round takes each client by its profile, `kept` whether the aligner
+    did what it promised, where that is to be checked.
     """
 
     key: Key[Array, ""]
@@ -45,6 +46,7 @@ class Opening(NamedTuple):
     cost: RoundCost
     traffic: Traffic
     planned: Float[Array, " client"]
+    kept: Any = None
 
 
 class Parts(NamedTuple):
@@ -160,7 +162,7 @@ def federated_moe(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, primal.pulls(parts, prox, prox_on), router == "personal",
         batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
         aligner.max_slots, aligner.probes, used, control_variates, STATISTICS_BATCHES * batch_size if router == "statistics" else 0,
-        broadcast, reject_above, mesh,
+        broadcast, reject_above, mesh, check and aggregator.law is not None,
     )  # fmt: skip
 
     def init(key: Key[Array, ""], population: Population) -> State:
@@ -187,18 +189,19 @@ def federated_moe(
         cached = cache.current(state.cache, sampled, state.last_trained)
         limits = dict(deadline=deadline, examples=examples, pace=state.pace[sampled], available=available, cached=cached)
         cohort, admitted = admit(population, sampled, cost, aligner, **limits)
-        alignment, aligned = aligner.align(stage_key(key, "align"), state.aligner, cohort)
-        alignment = holders.leave_out(alignment, experts, min_holders)
+        made, aligned = aligner.align(stage_key(key, "align"), state.aligner, cohort)
+        alignment = holders.leave_out(made, experts, min_holders)
+        kept = invariants.as_promised(made, alignment, min_holders, aligner.groups, experts) if check else None
         down, up = trainer.expert_bytes()
         traffic = downloads(alignment, cached, down, trainer.report_bytes(population), up)
         planned = _seconds(population, cost, alignment, traffic, examples, sampled)
         prior = router_prior * alignment.centred
-        settled = (cohort, alignment, aligned, prior, cost, traffic, planned)
+        settled = (cohort, alignment, aligned, prior, cost, traffic, planned, kept)
         return Opening(stage_key(key, "local"), available, unavailable, admitted, *settled)
 
     def finish(state: State, opening: Opening, trainees: Cohort, taken: Float[Array, " client"], reached: Any, outcome: Any) -> Any:
         cohort, alignment = opening.cohort, opening.alignment
-        delta, routers, kept, feedback, summary = outcome
+        delta, routers, kept, feedback, summary, masses = outcome
         tokens = combine(feedback.tokens.astype(jnp.float32), alignment.held, jnp.ones(alignment.held.shape), experts)
         served = holders.served(trainees, alignment, feedback, experts, min_holders, hidden=aggregator.private is not None)
         (weights, shared), optimizer = _serve(server_optimizer, state, delta, *served)
@@ -216,8 +219,9 @@ def federated_moe(
         facts = dict(tokens=tokens, total=total, staleness=state.round - last, unavailable=opening.unavailable, dropped=dropped)
         info = summarize(cohort, trainees, alignment, opening.cost, opening.traffic, jnp.minimum(taken, limit), summary, **facts)
         if check:
-            seen = (cohort, trainees, alignment, feedback, info.load, tokens, (weights, shared), aligner.groups)
-            info = dataclasses.replace(info, invariants=invariants.holding(*seen))
+            conserved = mass.conserved(aggregator.law, masses, delta, alignment.held, feedback, state.round)
+            looked = (cohort, trainees, alignment, feedback, info.load, tokens, (weights, shared), aligner.groups)
+            info = dataclasses.replace(info, invariants=invariants.holding(*looked, opening.kept, conserved))
         return sharding.keep(new, state.pace.shape[0], mesh), sharding.everywhere(info, mesh)
 
     @jax.jit

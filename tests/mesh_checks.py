@@ -3,6 +3,7 @@
 python tests/mesh_checks.py light          what tests/test_mesh.py looks at, one JSON line a check
 python tests/mesh_checks.py aligners       all aligners with both engines on 1, 2, 4 and 8 devices
 python tests/mesh_checks.py options        all options of a round on 2 x 2 devices
+python tests/mesh_checks.py mass           the aggregate against what clients sent on 2 x 2 devices, also where one is left out
 python tests/mesh_checks.py command        fedmoe train --devices, and --resume with others
 """
 
@@ -28,6 +29,7 @@ import small_round
 import fedmoe_jax as fm
 from fedmoe_jax import cli, sharding
 from fedmoe_jax.distributed.traffic import collectives
+from fedmoe_jax.local import spread
 from fedmoe_jax.training.checkpoint import Checkpoints
 
 SIZES = small_round.SIZES * 2  # 16 clients, of whom 11 train: no number of devices divides them
@@ -202,6 +204,24 @@ def options():
         yield from compared(name, [(2, 2)], aligner=aligner, chunk_size=2, **options)
 
 
+def of_mass():
+    """Whether the last invariant holds: in rounds that are right, and in such whose sums over devices are not."""
+
+    def line(name, **options):
+        mesh = fm.distributed.mesh(2, 2)
+        found = rounds(made(mesh, chunk_size=2, solo_examples=0, check=True, **options), 1)
+        return dict(check=name, holds=bool(found[0][1].invariants[-1]))
+
+    yield from (line(f"good, {engine}", engine=engine) for engine in ("primal", "dual"))
+    together, ring_sum = spread.Links.together, sharding.ring_sum
+    spread.Links.together = lambda self, aggregator, total: total
+    yield line("not summed over clients", engine="primal")
+    spread.Links.together = together
+    sharding.ring_sum = lambda add, start, devices: add(start, jax.lax.axis_index(sharding.EXPERT))
+    yield line("a device left out", engine="dual")
+    sharding.ring_sum = ring_sum
+
+
 def command():
     """A run on four devices, one that goes on with two after its end was lost, and one on one device."""
     words = [
@@ -232,5 +252,5 @@ def command():
 
 
 if __name__ == "__main__":
-    for line in {"light": light, "aligners": aligners, "options": options, "command": command}[sys.argv[1]]():
+    for line in {"light": light, "aligners": aligners, "options": options, "mass": of_mass, "command": command}[sys.argv[1]]():
         print(json.dumps(line), flush=True)

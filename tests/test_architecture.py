@@ -13,6 +13,7 @@ FOUNDATION = {
     "base",
     "experts",
     "grouped",
+    "mass",
     "kernels",
     "sampling",
     "conditions",

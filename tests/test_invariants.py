@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_round
 
-from fedmoe_jax import cli, invariants
-from fedmoe_jax.base import NO_EXPERT, Alignment, Cohort, Feedback
+from fedmoe_jax import alignment, cli, invariants, mass
+from fedmoe_jax.alignment import assign, holders
+from fedmoe_jax.base import NO_EXPERT, Alignment, Cohort, Feedback, LoadMonitor
 from fedmoe_jax.training import divergence, metrics, setup, trainer
 from fedmoe_jax.training.config import TrainConfig, to_toml
 from fedmoe_jax.training.interrupt import StoppedError
@@ -26,7 +28,7 @@ def good():
     load, of_experts = jnp.array([1, 1, 1, 0]), jnp.array([3.0, 5.0, 4.0, 0.0])
     return dict(
         cohort=cohort, trainees=cohort, alignment=Alignment(held, held[:, :0], nothing, nothing[:, 0]), feedback=feedback, load=load,
-        tokens=of_experts, weights={"w": jnp.ones(3)}, groups=1,
+        tokens=of_experts, weights={"w": jnp.ones(3)}, groups=1, kept=jnp.bool_(True), conserved=jnp.bool_(True),
     )  # fmt: skip
 
 
@@ -45,6 +47,8 @@ BROKEN = [
     (2, {"load": jnp.array([3, 0, 0, 0])}),
     (3, {"tokens": jnp.array([3.0, 5.0, 3.0, 1.0])}),
     (4, {"weights": {"w": jnp.array([1.0, jnp.nan])}}),
+    (5, {"kept": jnp.bool_(False)}),
+    (6, {"conserved": jnp.bool_(False)}),
 ]
 
 
@@ -57,6 +61,75 @@ def test_what_is_broken_is_seen(number, change):
     assert not invariants.holding(**good() | change)[number]
 
 
+SLOTS = Cohort(jnp.arange(9), jnp.arange(9) != 4, jnp.array([2, 1, 2, 0, 2, 2, 1, 2, 5]))
+ALIGNERS = ("random", "greedy", "load_only", "balanced", "full")
+
+
+def aligned(name, min_holders=1, groups=1, changed=lambda held: held, **options):
+    """Whether an aligner of 4 experts keeps what it promises to nine clients, who have some slots, after its assignment was changed."""
+    most = {} if name == "full" else dict(max_slots=2)
+    made = getattr(alignment, name)(num_experts=4, groups=groups, **most, **options)
+    assignment, _ = made.align(jax.random.key(1), made.init(9), SLOTS)
+    assignment = dataclasses.replace(assignment, held=changed(assignment.held))
+    kept = holders.leave_out(assignment, 4 * groups, min_holders)
+    return bool(invariants.as_promised(assignment, kept, min_holders, groups, 4 * groups))
+
+
+@pytest.mark.parametrize("name", ALIGNERS)
+def test_aligners_keep_what_they_promise_and_empty_slots_are_seen(name):
+    assert aligned(name) and aligned(name, min_holders=4)
+    assert not aligned(name, changed=lambda held: held.at[0, 0].set(NO_EXPERT))
+
+
+@pytest.mark.parametrize("name", ["load_only", "balanced", "full"])
+def test_each_group_keeps_what_it_promises(name):
+    assert aligned(name, groups=2)
+    assert not aligned(name, groups=2, changed=lambda held: held.at[0, 2:].set(NO_EXPERT))
+
+
+@pytest.mark.parametrize("name", ["load_only", "balanced"])
+def test_an_assignment_outside_of_its_bounds_is_seen(name):
+    crowded = lambda held: jnp.where(held == NO_EXPERT, held, jnp.arange(2))  # noqa: E731
+    assert aligned("random", changed=crowded) and not aligned(name, changed=crowded)
+
+
+def beyond(lower, upper):
+    """A monitor of these bounds for each expert."""
+    given = alignment.load.monitor()
+    return LoadMonitor(given.init, lambda *_: (jnp.full(4, lower), jnp.full(4, upper)), given.update, given.deficit)
+
+
+@pytest.mark.parametrize("bounds", [(5, 9), (0, 1)])
+def test_bounds_that_cannot_be_met_are_broken_as_far_as_is_told(bounds, monkeypatch):
+    assert aligned("balanced", load=beyond(*bounds))
+    right = assign.balanced
+
+    def lies(*args, **options):
+        mask, info = right(*args, **options)
+        return mask, info._replace(violation=jnp.zeros_like(info.violation))
+
+    monkeypatch.setattr(assign, "balanced", lies)
+    assert not aligned("balanced", load=beyond(*bounds))
+
+
+def test_an_aligner_that_goes_by_fitness_alone_is_seen(monkeypatch):
+    right = assign.balanced
+
+    def greedy(fitness, slots, *args, **options):
+        return assign.greedy(fitness, slots), right(fitness, slots, *args, **options)[1]
+
+    monkeypatch.setattr(assign, "balanced", greedy)
+    assert not aligned("balanced")
+
+
+@pytest.mark.parametrize("held", [[[0, 1], [1, 2], [1, NO_EXPERT]], [[NO_EXPERT, 1], [1, NO_EXPERT], [NO_EXPERT, NO_EXPERT]]])
+def test_experts_lose_their_holders_only_where_they_have_too_few(held):
+    nothing = jnp.zeros((3, 2))
+    made = Alignment(jnp.array([[0, 1], [1, 2], [1, NO_EXPERT]]), jnp.zeros((3, 0), int), nothing, nothing[:, 0])
+    assert invariants.as_promised(made, holders.leave_out(made, 3, 2), 2, 1, 3)
+    assert not invariants.as_promised(made, dataclasses.replace(made, held=jnp.array(held)), 2, 1, 3)
+
+
 DEADLINE = {"aligner": "balanced", "availability": 0.5, "profile": "phones", "deadline": 0.1}
 
 
@@ -66,15 +139,33 @@ def test_runs_hold(changes):
     assert len(list(trainer.Run(dataclasses.replace(built, check=True)).blocks())) == CONFIG.rounds
 
 
-def test_what_is_not_asked_for_is_not_computed():
+def test_what_is_not_asked_for_is_not_computed(monkeypatch):
+    for module, name in ((invariants, "holding"), (invariants, "as_promised"), (mass, "of_update"), (mass, "conserved")):
+        monkeypatch.setattr(module, name, None)
     built = setup.build(CONFIG)
     algorithm = built.algorithm(5)
     _, info = jax.eval_shape(algorithm.step, algorithm.init(jax.random.key(0), built.population), built.population)
     assert info.invariants is None
 
 
+@pytest.mark.parametrize("name", ["load_only", "balanced"])
+def test_a_promise_costs_nothing_where_nobody_looks(name):
+    """The program is that of an aligner that makes none."""
+    made, data = getattr(alignment, name)(num_experts=4, max_slots=2), small_round.population()
+
+    def silent(*args):
+        given, state = made.align(*args)
+        return dataclasses.replace(given, promised=None), state
+
+    def program(aligner):
+        built = small_round.algorithm(aligner=aligner)
+        return built.step.lower(built.init(small_round.KEY, data), data).as_text()
+
+    assert program(made) == program(made._replace(align=silent))
+
+
 def test_a_violation_names_invariant_and_round(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(invariants, "holding", lambda *args: jnp.array([True, True, True, False, True]))
+    monkeypatch.setattr(invariants, "holding", lambda *args: jnp.arange(len(invariants.NAMES)) != 3)
     (tmp_path / "a.toml").write_text(to_toml(CONFIG))
     assert cli.main(["train", str(tmp_path / "a.toml"), "--check", "--out", str(tmp_path / "run")]) == 1
     err = capsys.readouterr().err

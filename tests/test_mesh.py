@@ -160,3 +160,9 @@ def test_the_command_trains_on_several_devices_and_goes_on_with_others():
 
 def test_committed_results_look_right():
     looks_right(json.loads((TESTS / "results" / "mesh.json").read_text()))
+
+
+@pytest.mark.slow
+def test_what_clients_send_arrives_and_devices_that_are_left_out_are_seen():
+    found = {line["check"]: line["holds"] for line in checks("mass", 540)}
+    assert found == {"good, primal": True, "good, dual": True, "not summed over clients": False, "a device left out": False}

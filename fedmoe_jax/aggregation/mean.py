@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from fedmoe_jax import kernels
 from fedmoe_jax.base import Aggregator, ClientUpdate
 from fedmoe_jax.experts import combine, groups, map_groups, num_experts
+from fedmoe_jax.mass import Law
 
 
 def mean(*, agreement: float = 0.0) -> Aggregator:
@@ -64,4 +65,4 @@ def mean(*, agreement: float = 0.0) -> Aggregator:
         agreed = jax.tree.map(lambda sign: jnp.where(jnp.abs(sign) < agreement, jnp.abs(sign), 1.0), means(signs))
         return jax.tree.map(jnp.multiply, means(sums), agreed)
 
-    return Aggregator(init, add, finish, needs="deltas" if agreement else "sum")
+    return Aggregator(init, add, finish, needs="deltas" if agreement else "sum", law=Law(counted=True, exact=not agreement))

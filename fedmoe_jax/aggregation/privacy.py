@@ -27,6 +27,7 @@ from fedmoe_jax.aggregation.clip import Bound
 from fedmoe_jax.aggregation.secure import FixedPoint
 from fedmoe_jax.base import NO_EXPERT, Aggregator, Alignment, ClientUpdate, Cohort, Feedback, client_keys, pytree, stage_key
 from fedmoe_jax.experts import groups, map_groups, num_experts
+from fedmoe_jax.mass import Law
 
 NOISE = 40
 """Place in a chain: after what bounds and what compresses."""
@@ -125,7 +126,8 @@ def fixed_mean(*, clients: float, holders: float, fixed_point: FixedPoint | None
         experts, shared = total if fixed_point is None else jax.tree.map(fixed_point.decode, total)
         return jax.tree.map(lambda leaf: leaf / holders, experts), jax.tree.map(lambda leaf: leaf / clients, shared)
 
-    return Aggregator(init, add, finish, needs="deltas", fixed=Fixed(float(holders), float(clients)))
+    law = Law(counted=False, divisors=(float(holders), float(clients)), exact=fixed_point is None)
+    return Aggregator(init, add, finish, needs="deltas", fixed=Fixed(float(holders), float(clients)), law=law)
 
 
 def sent(update: ClientUpdate) -> tuple[PyTree, PyTree]:
@@ -223,7 +225,7 @@ def _private(private: Private, inner: Aggregator) -> Aggregator:
         share = 0.5 + (below + deviation * jax.random.normal(stage_key(key, "below"))) / fixed.clients
         return noisy, norm * jnp.exp(-bound.rate * (share - bound.quantile))
 
-    return inner._replace(init=init, add=add, finish=finish, private=private)
+    return inner._replace(init=init, add=add, finish=finish, private=private, law=None)
 
 
 def _with_noise(key: Key[Array, ""], weights: PyTree, deviation: Float[Array, ""]) -> PyTree:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from fedmoe_jax.base import NO_EXPERT, Aggregator, ClientUpdate, pytree
 from fedmoe_jax.experts import by_group, group_places, groups, num_experts
+from fedmoe_jax.mass import Law
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
@@ -199,7 +200,7 @@ def _collecting(rule: Rule, least: Callable[[int], np.ndarray] = lambda most: np
         leaves, treedef = jax.tree.flatten(shared)
         return _as_experts(made, experts), jax.tree.unflatten(treedef, _split(aggregate(total.shared, total.votes), leaves, 0))
 
-    return Aggregator(init, add, finish, needs="deltas", collects=True)
+    return Aggregator(init, add, finish, needs="deltas", collects=True, law=Law(counted=False, divisors=(1.0, 1.0), exact=False))
 
 
 def _of_few(rows: Float[Array, "client value"], voters: Bool[Array, " client"]) -> Float[Array, " value"]:

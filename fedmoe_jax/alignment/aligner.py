@@ -24,6 +24,20 @@ class AlignerState:
     prices: Float[Array, " expert"]
 
 
+@pytree
+class Promise:
+    """What an aligner promises of an assignment, for who wants to check it: with several groups, of each.
+
+    Clients fill so many `slots` of a group. Where load has bounds, `lower` and `upper` are the least and the most clients of an expert,
+    and loads are outside of them by `violation` clients in all, 0 where that can be.
+    """
+
+    slots: Int[Array, "client *group"]
+    lower: Int[Array, " all_experts"] | None = None
+    upper: Int[Array, " all_experts"] | None = None
+    violation: Int[Array, "*group"] | None = None
+
+
 def random(
     *, num_experts: int, max_slots: int, groups: int = 1, fitness: Fitness | None = None, load: LoadMonitor | None = None
 ) -> Aligner:
@@ -66,7 +80,9 @@ def load_only(
     """
 
     def choose(key, state, cohort, score):
-        return assign.round_robin(state.load.load, cohort.slots, key=key), state.prices
+        even = jnp.full(num_experts, cohort.slots.sum() // num_experts)
+        bounds = even, even + (cohort.slots.sum() % num_experts > 0), jnp.int32(0)
+        return assign.round_robin(state.load.load, cohort.slots, key=key), state.prices, *bounds
 
     return _aligner(choose, num_experts, max_slots, groups, fitness, load, probing=False)
 
@@ -111,7 +127,7 @@ def balanced(
     def within_bounds(key, state, cohort, score, wanted):
         lower, upper = monitor.bounds(state.load, cohort.slots, wanted)
         mask, info = assign.balanced(score, cohort.slots, lower, upper, key=key, prices=state.prices, return_info=True)
-        return mask, info.prices
+        return mask, info.prices, lower, upper, info.violation
 
     def with_deficits(key, state, cohort, score, wanted):
         behind = monitor.deficit(state.load) * num_experts / jnp.maximum(cohort.slots.sum(), 1)
@@ -136,7 +152,7 @@ def full(*, num_experts: int, groups: int = 1, fitness: Fitness | None = None, l
     def choose(key, state, cohort, score):
         return jnp.broadcast_to(cohort.present[:, None], score.shape), state.prices
 
-    return _aligner(choose, num_experts, num_experts, groups, fitness, load, probing=False)
+    return _aligner(choose, num_experts, num_experts, groups, fitness, load, probing=False, whole=True)
 
 
 def held_slots(mask: Bool[Array, "client expert"], max_slots: int) -> Int[Array, "client slot"]:
@@ -147,10 +163,7 @@ def held_slots(mask: Bool[Array, "client expert"], max_slots: int) -> Int[Array,
     return jnp.where(places > 0, num_experts - places, NO_EXPERT)
 
 
-Choose = Callable[
-    [Key[Array, ""], AlignerState, Cohort, Float[Array, "client expert"]],
-    tuple[Bool[Array, "client expert"], Float[Array, " expert"]],
-]
+Choose = Callable[[Key[Array, ""], AlignerState, Cohort, Float[Array, "client expert"]], tuple[Array, ...]]
 
 
 def grouped(aligner: Aligner, groups: int) -> Aligner:
@@ -191,7 +204,12 @@ def grouped(aligner: Aligner, groups: int) -> Aligner:
 
         each, state = jax.vmap(one)(keys, state, cached)
         held, probed = renumbered(each.held, 1), renumbered(each.probed, 1)
-        return Alignment(together(held), together(probed), together(each.fitness), each.fitness_mean.T), state
+        promised = each.promised
+        if promised is not None:
+            slots, bounds = promised.slots.T, (promised.lower, promised.upper)
+            lower, upper = (None if bound is None else bound.reshape(-1) for bound in bounds)
+            promised = dataclasses.replace(promised, slots=slots, lower=lower, upper=upper)
+        return Alignment(together(held), together(probed), together(each.fitness), each.fitness_mean.T, promised), state
 
     def learn(state: PyTree, cohort: Cohort, alignment: Alignment, feedback: Feedback) -> PyTree:
         held, probed = renumbered(apart(alignment.held), -1), renumbered(apart(alignment.probed), -1)
@@ -208,8 +226,14 @@ def grouped(aligner: Aligner, groups: int) -> Aligner:
     return Aligner(init, align, learn, aligner.max_slots, aligner.probes, aligner.num_experts, groups)
 
 
-def _aligner(choose: Choose, num_experts: int, max_slots: int, groups: int, fitness: Any, load: Any, *, probing: bool) -> Aligner:
-    """The Aligner of each group around `choose(key, state, cohort, score) -> (mask, prices)`, which sees clients in order of their ID."""
+def _aligner(
+    choose: Choose, num_experts: int, max_slots: int, groups: int, fitness: Any, load: Any, *, probing: bool, whole: bool = False
+) -> Aligner:
+    """The Aligner of each group around `choose(key, state, cohort, score) -> (mask, prices)`, which sees clients in order of their ID.
+
+    Where it keeps to bounds, they and the violation come behind. With `probing` it goes by fitness, and then gives nobody an expert whose
+    score is not finite. `whole` fills slots that clients do not have.
+    """
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}, it must be at least 1")
     if not 1 <= max_slots <= num_experts:
@@ -226,7 +250,7 @@ def _aligner(choose: Choose, num_experts: int, max_slots: int, groups: int, fitn
         order = jnp.lexsort((cohort.client, ~cohort.present))  # so that the order of the cohort changes nothing
         ordered = jax.tree.map(lambda rows: rows[order], dataclasses.replace(cohort, slots=slots))
         score = fitness.score(state.fitness, ordered.client)
-        mask, prices = choose(stage_key(key, "assign"), state, ordered, score)
+        mask, prices, *bounds = choose(stage_key(key, "assign"), state, ordered, score)
         held = held_slots(mask, max_slots)
         probed = _probes(client_keys(stage_key(key, "probe"), ordered.client), mask, probes)
         of_held = jnp.take_along_axis(score, jnp.maximum(held, 0), axis=1)
@@ -236,8 +260,11 @@ def _aligner(choose: Choose, num_experts: int, max_slots: int, groups: int, fitn
             fitness=jnp.where(held == NO_EXPERT, 0.0, of_held),
             fitness_mean=jnp.where(ordered.present, score.mean(axis=1), 0.0),
         )
+        allowed = jnp.isfinite(score).sum(axis=1) if probing else num_experts
+        filled = jnp.where(ordered.present, num_experts, 0) if whole else jnp.minimum(ordered.slots, allowed)
         back = jnp.argsort(order)
-        return jax.tree.map(lambda rows: rows[back], alignment), AlignerState(state.fitness, state.load, prices)
+        alignment, filled = jax.tree.map(lambda rows: rows[back], (alignment, filled))
+        return dataclasses.replace(alignment, promised=Promise(filled, *bounds)), AlignerState(state.fitness, state.load, prices)
 
     def learn(state: AlignerState, cohort: Cohort, alignment: Alignment, feedback: Feedback) -> AlignerState:
         held = jnp.where(cohort.present[:, None], alignment.held, NO_EXPERT)

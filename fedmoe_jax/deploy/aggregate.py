@@ -98,7 +98,7 @@ def closing(parts: Parts, reject_above: float | None) -> Callable[..., Any]:
         examples = feedback.examples
         mean = jnp.where(examples.sum() > 0, (loss * examples).sum() / jnp.maximum(examples.sum(), 1), jnp.nan)
         summary = mean, refused + (came & ~sound).sum()
-        outcome = aggregator.finish(total), None, (None,) * 4, feedback, summary
+        outcome = aggregator.finish(total), None, (None,) * 4, feedback, summary, None
         return parts.finish(state, opening, trainees, seconds, came, outcome)
 
     return close

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from fedmoe_jax import posterior, scaffold
+from fedmoe_jax import mass, posterior, scaffold
 from fedmoe_jax.base import (
     NO_EXPERT,
     Aggregator,
@@ -63,6 +63,7 @@ class Trainer(NamedTuple):
     broadcast: Any = None
     reject_above: float | None = None
     mesh: Any = None
+    check: bool = False
 
     def optimizer(self, round: Any) -> optax.GradientTransformation:
         """The client optimizer of a round."""
@@ -73,10 +74,9 @@ class Trainer(NamedTuple):
         """What a round costs a client, from the traced model."""
         optimizer = self.optimizer(round)
         solo, seen = (batch_shape(population, n) if n else None for n in (self.solo_examples, self.statistics_examples))
-        batch = batch_shape(population, self.batch_size)
         options: dict[str, Any] = self._traffic() | dict(solo_batch=solo, max_slots=self.max_slots, statistics_batch=seen)
         down, up = self._links()
-        return round_cost(self.parts, self.loss_fn, optimizer, batch, down=down, up=up, **options)
+        return round_cost(self.parts, self.loss_fn, optimizer, batch_shape(population, self.batch_size), down=down, up=up, **options)
 
     def _traffic(self) -> dict[str, Any]:
         return dict(personal_router=self.personal, control_variates=self.control_variates)
@@ -108,7 +108,7 @@ class Trainer(NamedTuple):
         Returns:
           (expert deltas, shared deltas), what each client added to its own router rows [client, slot, ...] (None when they are
           shared), the new control variates, sums of statistics, residuals and what a private aggregator keeps (None without),
-          Feedback, (mean training loss, rejected updates).
+          Feedback, (mean training loss, rejected updates), with `check` the `mass.Mass` of what each client sent.
         """
         size, devices = cohort.client.shape[0], 1 if self.mesh is None else self.mesh.size
         chunk = devices * min(self.chunk_size, -(-size // devices))
@@ -126,14 +126,14 @@ class Trainer(NamedTuple):
             room = chunks * chunk, alignment.held.shape[1] // len(groups(state.experts))
         scan = functools.partial(self.scan, key=noise) if self.mesh is None else functools.partial(spread.train, self)
         delta, kept, out = scan(state, population, rows, kept, room, self.uses(population))
-        feedback, routers, loss, rejected = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][jnp.argsort(order)], out)
+        feedback, routers, loss, rejected, masses = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][jnp.argsort(order)], out)
         feedback = Feedback(*feedback)
         examples = feedback.examples
         train_loss = jnp.where(examples.sum() > 0, (loss * examples).sum() / jnp.maximum(examples.sum(), 1), jnp.nan)
         if private is not None:
             delta, norm = delta
             private = dataclasses.replace(private, norm=norm)
-        return delta, routers, (*kept, private), feedback, (train_loss, rejected.sum())
+        return delta, routers, (*kept, private), feedback, (train_loss, rejected.sum()), masses
 
     def train_one(self, key, received: Received, population, client, held, probed, prior) -> tuple[Any, dict[str, Any], Any, Any]:
         """Trains one client apart from any cohort, with its own copy of the weights.
@@ -162,8 +162,7 @@ class Trainer(NamedTuple):
         """
         links = spread.Links(self.mesh)
         start = self.aggregator.init(state.experts, state.shared, *room)
-        train_chunk = self._chunk_function(state, population, uses, links, start)
-        (total, kept), out = jax.lax.scan(train_chunk, (start, kept), rows)
+        (total, kept), out = jax.lax.scan(self._chunk_function(state, population, uses, links, start), (start, kept), rows)
         noise = () if self.aggregator.private is None else (stage_key(key, "noise"),)
         return self.aggregator.finish(links.together(self.aggregator, total), *noise), kept, out
 
@@ -212,8 +211,9 @@ class Trainer(NamedTuple):
                 controls = scaffold.learn(controls, number, present & sound, update.held, gradient, update.tokens, update.examples)
             if seen is not None:
                 statistics = jax.tree.map(jnp.add, statistics, posterior.together(self.parts, seen, update.held))
+            masses = mass.of_update(update, state.round) if self.check else None
             total = links.add(self.aggregator, total, update, start, num_experts(self.parts.experts))
-            return (total, (controls, statistics, residuals)), (feedback, routers, loss, rejected)
+            return (total, (controls, statistics, residuals)), (feedback, routers, loss, rejected, masses)
 
         return train_chunk
 
