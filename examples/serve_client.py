@@ -1,5 +1,6 @@
 """Serves one client's experts alone: python examples/serve_client.py EXPORT. An example a line in, as JSON; its class and odds out.
 
+An example of a text is its tokens, and its class the next one.
 EXPORT is what `fedmoe export DIR --out EXPORT --client C` writes. The other experts are neither there nor needed.
 """
 
@@ -17,13 +18,17 @@ def answers(folder: str, lines: Iterable[str]) -> Iterator[str]:
     """For each line of JSON, the class and its probability by the model in `folder`, as JSON."""
     served = load(folder)
     shape = served.config["model"]["input_shape"]
+    dtype = jnp.int32 if served.config["model"]["name"] == "transformer" else jnp.float32
     for line in lines:
         try:
-            x = jnp.asarray(json.loads(line), jnp.float32).reshape(1, *shape)
-        except (ValueError, TypeError) as error:
+            x = jnp.asarray(json.loads(line), dtype).reshape(1, *shape)
+            if not jnp.isfinite(x).all():
+                raise ValueError("it is not finite")
+        except (ValueError, TypeError, OverflowError) as error:
             yield json.dumps({"error": f"no example of shape {shape}: {' '.join(str(error).split())[:100]}"})
             continue
-        odds = jax.nn.softmax(served.logits(x)[0])
+        logits = served.logits(x)
+        odds = jax.nn.softmax(logits.reshape(-1, logits.shape[-1])[-1])
         yield json.dumps({"class": int(odds.argmax()), "probability": round(float(odds.max()), 4)})
 
 

@@ -270,7 +270,7 @@ def _bench(words: list[str]) -> None:
 def _serve(words: list[str]) -> None:
     from fedmoe_jax.deploy import commands
 
-    _with_flower(lambda: commands.serve(words))
+    _with_flower(lambda: commands.serve(words, _out(words)))
 
 
 def _join(words: list[str]) -> None:

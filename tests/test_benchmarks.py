@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +15,14 @@ COMMANDS = {
     "streaming": ["--clients", "30", "--cohort", "6", "--rounds", "4", "--block", "2", "--repeats", "1"],
     "roofline": ["--small"],
     "convolutions": ["--small", "--repeats", "1"],
-    "scaling": ["--small", "--cases", "wide", "--repeats", "1"],
     "peers/compare": ["--workloads", "tiny", "tiny-cnn", "--repeats", "1"],
 }
 PACKAGES = {"fedjax": "fedjax", "pfl": "pfl", "flower": "flwr"}
 
 
-def figures_of(name, *arguments):
-    script = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
-    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=True)
+def figures_of(name, *arguments, **variables):
+    script, environment = Path(__file__).parents[1] / "benchmarks" / f"{name}.py", os.environ | variables
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=True, env=environment)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -31,6 +31,17 @@ def figures_of(name, *arguments):
 def test_a_benchmark_prints_figures(name):
     figures = figures_of(name, *COMMANDS[name])
     assert len(figures) >= 4 and all(figure["value"] > 0 and figure["device"] and figure["versions"]["jax"] for figure in figures)
+
+
+@pytest.mark.slow
+def test_scaling_is_measured_on_several_devices_and_sends_what_the_formula_says():
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    figures = figures_of("scaling", "--small", "--cases", "wide", "--repeats", "1", XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    several = [figure for figure in figures if "1 x 1 devices" not in figure["metric"]]
+    assert len({figure["metric"] for figure in several}) == 2 * 6 and all(figure["value"] > 0 for figure in figures)
+    ratios = [figure["ratio"] for figure in several if figure["metric"].startswith("sent by a device")]
+    assert len(ratios) == 3 and all(1 <= ratio < 1.02 for ratio in ratios)  # beside the formula, counts and scores of the cohort
+    assert all(figure["value"] < 1 for figure in several if figure["metric"].startswith("share"))
 
 
 @pytest.mark.slow

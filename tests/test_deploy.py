@@ -172,6 +172,8 @@ BAD = {
     "shares that are right": lambda update: altered(update, correct=np.array([2, 0], np.float32)),
     "losses below 0": lambda update: altered(update, solo_loss=np.array([-9, 0, 0], np.float32)),
     "its own training is not finite": lambda update: altered(update, {"rejected": True}),
+    "it is a ??[31m": lambda update: messages.encode("\ud800\x1b[31m", {}, {}),  # what no log or terminal can take
+    "run, round and client ('aaaa": lambda update: altered(update, {"run": "a" * 50_000}),
 }
 
 
@@ -180,7 +182,7 @@ def test_updates_that_are_not_what_they_must_be_are_refused_told_and_counted(run
     before, sent = server.state, real.updates(server.open(NODES), members)
     for reason, bad in BAD.items():
         assert not server.accept("node-1", bad(sent["node-1"]))
-        assert reason in notes[-1] and "node-1" in notes[-1] and "\n" not in notes[-1]
+        assert reason in notes[-1] and "node-1" in notes[-1] and notes[-1].isprintable() and len(notes[-1]) < 400
     assert not server.accept("stranger", sent["node-1"]) and "nothing is asked of it" in notes[-1]
     for node in ("node-0", "node-2", "node-3"):
         assert server.accept(node, sent[node])
@@ -193,6 +195,25 @@ def test_updates_that_are_not_what_they_must_be_are_refused_told_and_counted(run
     assert not server.accept("node-1", sent["node-1"]) and "nothing is asked of it" in notes[-1]  # too late
     server.open(NODES)
     assert not server.accept("node-1", sent["node-1"]) and "it is of run, round and client" in notes[-1]  # and stale
+
+
+def test_numbers_that_are_too_large_for_sums_do_not_reach_the_model(run, server):
+    _, _, members, *_ = run
+    before, sent = server.state, real.updates(server.open(NODES), members)
+    assert server.accept("node-0", altered(sent["node-0"], **{"shared.into.kernel": np.full((6, 8), 3e38, np.float32)}))
+    for node in NODES[1:]:
+        assert server.accept(node, sent[node])
+    assert server.close()["rejected_updates"] == 1
+    good = [sent[node] for node in NODES[1:]]
+    np.testing.assert_allclose(layouts.host(server.state.shared)["into.kernel"], merged(server, before, good), atol=1e-6)
+
+
+def test_messages_have_room_for_the_names_of_many_arrays():
+    wanted = {f"expert.{expert}.layers.11.experts.w_{expert}": messages.Array((1, 2, 3)) for expert in range(2000)}
+    data = messages.encode("update", {}, {name: np.zeros(shape, dtype) for name, (shape, dtype) in wanted.items()})
+    assert int.from_bytes(data[:8], "little") > 1 << 17 and len(data) < messages.most_bytes(wanted)
+    few = {name: wanted[name] for name in list(wanted)[:1]}
+    assert 24 < messages.most_bytes(few) < 1 << 17
 
 
 def test_a_client_that_comes_late_takes_part_from_then_on(run, server):
@@ -301,7 +322,7 @@ class FakeLink:
 
     def __init__(self, members, script):
         self.members, self.script, self.step = members, script, 0
-        self.connected, self.mute, self.asked, self.void = set(members), set(), [], []
+        self.connected, self.mute, self.asked, self.void, self.shy = set(members), set(), [], [], []
 
     def nodes(self):
         self.script(self.step, self)
@@ -316,6 +337,9 @@ class FakeLink:
         return [self._reply(*question) for question in asked if question[1] in self.connected]
 
     def _reply(self, kind, node, data):
+        if kind == "hello" and node in self.shy:
+            self.shy.remove(node)
+            return Reply(node, kind, None, "it is\nbusy")
         if kind == "task" and node in self.void:
             self.void.remove(node)
             return Reply(node, kind, None, "it broke")
@@ -347,6 +371,21 @@ def test_the_loop_greets_waits_and_does_without_those_that_do_not_answer(run, se
     assert any("node-3 sent is refused: it broke" in line for line in told)
     assert sum("nothing came from clients [2]" in line for line in told) == 1 and 100 <= seconds[0] < 300
     assert not np.array_equal(layouts.host(server.state.shared)["into.kernel"], layouts.host(before.shared)["into.kernel"])
+
+
+def test_a_client_whose_first_answer_is_none_is_asked_again(run, server):
+    _, _, members, _, notes = run
+    server.config, seconds = dataclasses.replace(server.config, rounds=4), [0.0]
+
+    def sleep(pause):
+        seconds[0] += 10 * pause
+        assert seconds[0] < 500, "it is never asked again"
+
+    link = FakeLink({f"node-{number}": client for number, client in enumerate(members)}, lambda step, link: None)
+    link.shy = ["node-2"]
+    loop.serve(server, link, least=4, patience=100.0, clock=lambda: seconds[0], sleep=sleep)
+    assert server.done == 4 and seconds[0] >= 100
+    assert [line for line in notes if "does not say" in line] == ["node node-2 does not say what it is: it is busy"]
 
 
 def test_the_clients_process_answers_on_a_socket_and_survives_its_errors(run, server, tmp_path):

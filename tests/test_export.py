@@ -141,17 +141,35 @@ def test_clients_are_served_as_evaluation_serves_them(tmp_path, known):
     assert np.mean(right) == pytest.approx(client_evaluation(setup)(state)["client_accuracy_mean"], abs=1e-6)
 
 
-def test_the_example_serves_a_client(tmp_path, known):
-    folder, setup, _ = known("personal")
-    assert cli.main(["export", str(folder), "--client", "2", "--out", str(tmp_path / "two")]) == 0
+def example():
+    """The module examples/serve_client.py."""
     spec = importlib.util.spec_from_file_location("serve_client", Path(__file__).parents[1] / "examples" / "serve_client.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_serves_a_client(tmp_path, known):
+    folder, setup, _ = known("personal")
+    assert cli.main(["export", str(folder), "--client", "2", "--out", str(tmp_path / "two")]) == 0
     x = examples(setup)[:3]
-    found = [json.loads(answer) for answer in module.answers(str(tmp_path / "two"), (json.dumps(row) for row in x.tolist()))]
+    found = [json.loads(answer) for answer in example().answers(str(tmp_path / "two"), (json.dumps(row) for row in x.tolist()))]
     logits = export.load(tmp_path / "two").logits(x)
     assert [answer["class"] for answer in found] == np.argmax(logits, 1).tolist()
     assert [answer["probability"] for answer in found] == pytest.approx(jax.nn.softmax(logits).max(1).tolist(), abs=1e-4)
+
+
+def test_the_example_serves_texts_and_survives_what_is_no_example(tmp_path):
+    letters = np.random.default_rng(0).integers(0, 3, (60, 7)).astype(np.int32)
+    np.savez(tmp_path / "texts.npz", x=letters[:, :-1], y=letters[:, 1:], test_x=letters[:9, :-1], test_y=letters[:9, 1:])
+    options = {"features": 8, "heads": 2, "expert_hidden": 4}
+    setup, _ = made(tmp_path / "run", model="transformer", data=str(tmp_path / "texts.npz"), split="iid", model_options=options)
+    export.export_run(tmp_path / "run", setup.config, tmp_path / "one", 1)
+    answers, x = example().answers, setup.test[0][:1]
+    lines = [json.dumps(x[0].tolist()), "[1]", "", "[0, 0, 0, 0, 0, NaN]", "{}", "[0, 0, 0, 0, 0, 1e999]"]
+    found = [json.loads(answer) for answer in answers(str(tmp_path / "one"), lines)]
+    assert found[0]["class"] == int(export.load(tmp_path / "one").logits(x)[0, -1].argmax())
+    assert all("no example of shape" in answer["error"] for answer in found[1:])
 
 
 def test_mistakes_are_told_in_one_line(tmp_path, known, capsys):

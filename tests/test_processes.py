@@ -14,6 +14,8 @@ from fedmoe_jax.distributed import processes
     ("flags", "what"),
     [
         (["--coordinator", "here", "--processes", "2", "--process", "0"], "coordinator is 'here', it must be auto or HOST:PORT"),
+        (["--coordinator", "here:0", "--processes", "2", "--process", "0"], "it must be auto or HOST:PORT"),
+        (["--coordinator", "here:99999", "--processes", "2", "--process", "0"], "it must be auto or HOST:PORT"),
         (["--coordinator", "here:80", "--processes", "2"], "processes is 2 and process is None: give both"),
         (["--coordinator", "here:80", "--processes", "2", "--process", "2"], "the second from 0 to the first less 1"),
         (["--coordinator", "auto", "--processes", "2"], "coordinator is auto: leave processes and process out"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import socket
 import sys
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import real_clients as real
 
 from fedmoe_jax import cli
-from fedmoe_jax.deploy import messages, superlink, terms
+from fedmoe_jax.deploy import launch, messages, superlink, terms
 from fedmoe_jax.deploy.messages import RefusedError
+from fedmoe_jax.training.config import UsageError, to_toml
+from fedmoe_jax.training.interrupt import alone
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
@@ -92,3 +95,34 @@ def test_mistakes_on_the_command_line_are_told_in_one_line(tmp_path, capsys, mon
     (tmp_path / "keys" / "a.pub").write_text("nonsense")
     assert "keys/a.pub is no public key" in told("serve", "--out", "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_serve_is_asked_for_is_looked_at_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "_checked", lambda *_: {"a"})
+    real.write(tmp_path, real.data())
+    of, out = real.config(tmp_path), tmp_path / "run"
+
+    def told(**changes):
+        given = dict(certificates=tmp_path, keys=tmp_path, host="127.0.0.1", port=8443, least=1, patience=1.0)
+        with pytest.raises(UsageError) as caught:
+            launch.serve(of, out, **(given | changes))
+        return str(caught.value)
+
+    for name, values in {"least": (0, 6), "patience": (0.0, -5.0, float("nan")), "port": (0, 70_000), "host": ("192.0.2.2", "")}.items():
+        for value in values:
+            assert told(**{name: value}).startswith(f"{name}: must be")
+    assert not out.exists()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert "cannot be listened on (Address already in use)" in told(port=other.getsockname()[1])
+    with alone(out / "flower"):  # of another `fedmoe serve`, which a second one would end
+        assert "is in use" in told()
+
+
+@pytest.mark.parametrize("words", [["--out", "run"], ["--out=run"]])
+def test_serve_goes_on_with_the_configuration_of_the_run(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(to_toml(real.config(tmp_path, rounds=7)))
+    seen = []
+    monkeypatch.setattr(launch, "serve", lambda config, *_, **given: seen.append(config.rounds))
+    assert cli.main(["serve", *words]) == 0 and seen == [7]

@@ -68,21 +68,22 @@ class Collected:
 def closing(parts: Parts, reject_above: float | None) -> Callable[..., Any]:
     """close(state, opening, (experts, shared), feedback, loss, came, seconds, refused) -> (State, Info), compiled.
 
-    Updates are aggregated as in the simulation, after the server's own look at their norms. Losses, seconds and `came` have an entry a
-    client; a client that did not come has taken no part, and may or may not have received what it was sent.
+    Updates are aggregated as in the simulation, after the server's own look at their norms, which must be finite. Losses, seconds and
+    `came` have an entry a client; a client that did not come has taken no part, and may or may not have received what it was sent.
     """
     trainer, names = parts.trainer, groups(parts.trainer.parts.experts)
     aggregator = trainer.aggregator
 
     @jax.jit
     def close(state: State, opening: Opening, deltas: Any, feedback: Any, loss: Any, came: Any, seconds: Any, refused: Any) -> Any:
-        held, sound = opening.alignment.held, came
+        held = opening.alignment.held
+        sent = (held != NO_EXPERT) & (feedback.tokens > 0)
+        change = jax.vmap(lambda experts, shared, sent: squared_norm(experts, shared, sent, names))(deltas[0], deltas[1], sent)
+        sound = came & jnp.isfinite(change)  # numbers whose squares are too large for floats are in no sum
         if reject_above is not None:
             own = jax.vmap(lambda held: gather(state.experts, held))(held)
-            change = jax.vmap(lambda experts, shared, sent: squared_norm(experts, shared, sent, names))
             before = jax.vmap(lambda experts, sent: squared_norm(experts, state.shared, sent, names))
-            sent = (held != NO_EXPERT) & (feedback.tokens > 0)
-            sound &= change(deltas[0], deltas[1], sent) <= reject_above**2 * jnp.maximum(before(own, sent), 1)
+            sound &= change <= reject_above**2 * jnp.maximum(before(own, sent), 1)
 
         def only_sound(leaf):
             return jnp.where(sound.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0)

@@ -1,7 +1,6 @@
 """The flags of `fedmoe serve` and `fedmoe join`."""
 
 import dataclasses
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ class ServeOptions:
     keys: str = "keys"
     """Folder with the public keys of the clients that may take part, *.pub."""
     host: str = "0.0.0.0"
-    """Address to listen on."""
+    """Address to listen on: 0.0.0.0 for all, or 127.0.0.1 for this machine only."""
     port: int = 8443
     """Port to listen on."""
     least: int = 1
@@ -52,9 +51,8 @@ class JoinOptions:
     """The model package.module:name that may be imported, where the run's is no built-in one."""
 
 
-def serve(words: list[str]) -> None:
-    """`fedmoe serve [CONFIG.toml] [--field value ...] --out DIR`."""
-    out = next((after for word, after in itertools.pairwise(words) if word == "--out"), "")
+def serve(words: list[str], out: str | None) -> None:
+    """`fedmoe serve [CONFIG.toml] [--field value ...] --out DIR`, where `out` is DIR."""
     stored = Path(out or "none") / "config.toml"
     default = TrainConfig(**from_toml(stored)) if stored.is_file() else None
     config, options = parse(TrainConfig, words, "fedmoe serve", default=default, options=ServeOptions)

@@ -102,7 +102,7 @@ class GridLink:
         for message in self.grid.pull_messages(list(self._pending)) if self._pending else ():
             name, kind = self._pending.pop(message.metadata.reply_to_message_id, ("", ""))
             if name and message.has_error():
-                replies.append(Reply(name, kind, None, " ".join((message.error.reason or "").split())[:300]))
+                replies.append(Reply(name, kind, None, message.error.reason or ""))
             elif name:
                 replies.append(Reply(name, kind, unpack(message.content)))
         return replies

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from fedmoe_jax.deploy.client import Client
 from fedmoe_jax.deploy.server import Server
 from fedmoe_jax.deploy.worker import listener, work
 from fedmoe_jax.training.config import TrainConfig, UsageError
-from fedmoe_jax.training.interrupt import Interrupts, StoppedError
+from fedmoe_jax.training.interrupt import Interrupts, StoppedError, alone
 
 _APP = """[project]
 name = "fedmoe"
@@ -51,21 +52,29 @@ def serve(
       out: folder of the run: absent, empty, or the run to continue.
       certificates: folder with ca.crt, server.crt and server.key.
       keys: folder with the public keys of the clients that may take part, *.pub.
-      host, port: where the SuperLink listens.
+      host, port: where the SuperLink listens, on all addresses, 0.0.0.0, or for this machine only, 127.0.0.1.
       least: clients that must be connected for a round to begin.
       patience: seconds that clients have for a round.
       say: told what happens, line by line.
 
     Raises:
-      UsageError: if a file is missing or the folder cannot be used.
+      UsageError: if a file is missing, the folder or the port cannot be used, or an argument is out of its range.
       Interrupted: after SIGTERM or SIGINT; the round in flight is lost.
       StoppedError: if the server or the SuperLink has ended before the run is done.
     """
     names = _checked(certificates, keys)
+    _check_given(config, host, port, least, patience)
     Server(config, out, note=say)  # tells what cannot be before anything is started, and claims the folder
     if (out / "summary.json").exists():
         return
     home = out.absolute() / "flower"
+    with alone(home):
+        _check_free(host, port)
+        _serve(out, home, names, certificates=certificates, keys=keys, host=host, port=port, least=least, patience=patience, say=say)
+
+
+def _serve(out, home, names, *, certificates, keys, host, port, least, patience, say) -> None:
+    """Runs the SuperLink, and in it the server's app, until the run has ended."""
     (home / "app" / "fedmoe").mkdir(parents=True, exist_ok=True)
     (home / "app" / "fedmoe" / "pyproject.toml").write_text(_APP)
     settings = {"out": str(out.absolute()), "least": least, "patience": patience, "allowed": sorted(names)}
@@ -140,6 +149,26 @@ def join(client: Client, *, server: str, ca: Path, key: Path, attempts: int = 5,
             raise StoppedError(f"the server at {server} refuses this client, or is none: {reason} ({log})")
     finally:
         shutil.rmtree(private, ignore_errors=True)
+
+
+def _check_given(config: TrainConfig, host: str, port: int, least: int, patience: float) -> None:
+    most = math.inf if config.population is None else config.population
+    if not 1 <= least <= most:
+        raise UsageError(f"least: must be from 1 to population ({config.population}), got {least}")
+    if not 0 < patience < math.inf:
+        raise UsageError(f"patience: must be a number of seconds above 0, got {patience}")
+    if not 1 <= port < 1 << 16:
+        raise UsageError(f"port: must be from 1 to 65535, got {port}")
+    if host not in ("0.0.0.0", "127.0.0.1", "localhost"):
+        raise UsageError(f"host: must be 0.0.0.0 or 127.0.0.1, got {host}: parts of the server talk to each other at the latter")
+
+
+def _check_free(host: str, port: int) -> None:
+    """What already listens there would be taken for the SuperLink that is about to start."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise UsageError(f"port: {host}:{port} cannot be listened on ({os.strerror(error.errno or 0)})") from None
 
 
 def _checked(certificates: Path, keys: Path) -> set[str]:

@@ -4,7 +4,6 @@
 experts of each group trains a model of M experts: its i-th one of group g has the number g M + i there.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -31,10 +30,6 @@ class Layout(NamedTuple):
         """The arrays of a message with the shared part and these experts."""
         wanted = {f"shared.{path}": array for path, array in self.shared.items()}
         return wanted | {f"expert.{e}.{path}": array for e in experts for path, array in self.group(e).items()}
-
-    def num_bytes(self, experts: Iterable[int]) -> int:
-        """Bytes of the values of such a message."""
-        return sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in self.arrays(experts).values())
 
 
 def of_model(parts: Partition, *, personal: bool) -> Layout:

@@ -1,9 +1,11 @@
 """The server's loop over whatever carries its messages: greets who comes, opens rounds, takes in updates, closes them in time."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from fedmoe_jax.deploy.messages import line
 from fedmoe_jax.deploy.server import Server
 from fedmoe_jax.training.metrics import Record
 
@@ -53,24 +55,26 @@ def serve(
       server: not yet started.
       link: to the clients.
       least: clients that must be connected for a round to begin.
-      patience: seconds after which a round ends without those that have not answered.
+      patience: seconds after which a round ends without those that have not answered, and those that are not in are greeted again.
       pause: seconds between two looks at the link.
       clock, sleep: seconds, and how they pass.
     """
     ready: set[str] = set()
-    asked: set[str] = set()
+    asked: dict[str, float] = {}  # until when an answer to a hello is waited for
     until: float | None = None
     while True:
         connected = set(link.nodes())
         ready &= connected
-        asked &= connected
-        new = connected - asked
+        asked = {node: end for node, end in asked.items() if node in connected}
+        new = {node for node in connected - ready if clock() >= asked.get(node, -math.inf)}
         if new:
             link.push(HELLO, dict.fromkeys(new, b""), patience)
-            asked |= new
+            asked |= dict.fromkeys(new, clock() + patience)
         for reply in link.poll():
             if reply.kind == HELLO and reply.data is not None and server.enter(reply.node, reply.data) is not None:
                 ready.add(reply.node)
+            elif reply.kind == HELLO and reply.data is None:
+                server.note(f"node {reply.node} does not say what it is: {line(reply.reason)}")
             elif reply.kind == TASK and reply.data is None:
                 server.refuse(reply.node, reply.reason)
             elif reply.kind == TASK and reply.data is not None:

@@ -4,6 +4,7 @@ Nothing is unpickled or executed. Whoever reads a message says what must be in i
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,11 +14,16 @@ PROTOCOL = 1
 """Number of the form of messages; others are refused."""
 MOST_HEADER_BYTES = 1 << 20
 """Most bytes of names, shapes and header, of a message of any size."""
+_LINE_BYTES = 160  # dtype, shape and place of an array in the header
+_SLACK = 1 << 16
 _KEY = "fedmoe"
 
 
 class RefusedError(ValueError):
-    """A message that is not what it must be: the reason, in one line."""
+    """A message that is not what it must be: the reason, as `line` makes it."""
+
+    def __init__(self, reason: str):
+        super().__init__(line(reason))
 
 
 class Array(NamedTuple):
@@ -108,5 +114,16 @@ def check_arrays(arrays: Mapping[str, np.ndarray], wanted: Mapping[str, Array]) 
             raise RefusedError(f"{name} has numbers below 0")
 
 
+def most_bytes(arrays: Mapping[str, Array]) -> int:
+    """Most bytes of a message with these arrays: their values, a line of each in the header, and what else may be there."""
+    values = sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays.values())
+    return values + sum(len(name) + _LINE_BYTES for name in arrays) + _SLACK
+
+
+def line(text: Any, most: int = 300) -> str:
+    """What others say, as one short line that any log and terminal can take: what cannot be printed is a question mark."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(text).split())[:most])
+
+
 def _short(value: Any) -> str:
-    return " ".join(str(value).split())[:100]
+    return line(value, 100)

@@ -61,7 +61,7 @@ class Roster:
         messages.check_arrays(arrays, {"profile": Array((len(PROFILE),))})
         if tuple(header["shape"]) != input_shape or tuple(header["label_shape"]) != label_shape or header["classes"] > num_classes:
             found = f"{header['shape']}, labels of {header['label_shape']} and {header['classes']} classes"
-            raise RefusedError(f"its examples are of {found}, not {list(input_shape)}, {list(label_shape)} and {num_classes}"[:300])
+            raise RefusedError(f"its examples are of {found}, not {list(input_shape)}, {list(label_shape)} and {num_classes}")
         if not 0 < header["examples"] <= MAX_INT // self.places or not (arrays["profile"] > 0).all():
             raise RefusedError(f"it says to have {header['examples']} examples and to afford {arrays['profile'].tolist()}")
         others = {client["number"] for name, client in self.clients.items() if name != node}

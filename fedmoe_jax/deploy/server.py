@@ -35,8 +35,6 @@ from fedmoe_jax.training.setup import Setup, assemble
 from fedmoe_jax.training.trainer import claim
 from fedmoe_jax.training.weights import save_weights
 
-_SLACK = 1 << 16  # bytes of names and header in an update
-
 
 class _Open(NamedTuple):
     """A round in flight: when it began, on the host what was settled, for each client its row, and what came."""
@@ -145,7 +143,7 @@ class Server:
 
     def refuse(self, node: str, reason: str) -> None:
         """Tells and counts what a node sent instead of an update, which then is not waited for."""
-        self.note(f"round {self.done}: what node {node} sent is refused: {reason}")
+        self.note(f"round {self.done}: what node {node} sent is refused: {messages.line(reason)}")
         if self._open is not None:
             self._open.collected.refused.append(node)
 
@@ -190,9 +188,8 @@ class Server:
             raise RefusedError("it has sent its update before")
         held = opened.held[row]
         filled = [int(e) for e in held if e != NO_EXPERT]
-        told = layouts.feedback(len(held), opened.collected.probes, self.terms.solo)
-        most = self.layout.num_bytes(filled) + 4 * 4 * (len(held) + opened.collected.probes) + _SLACK
-        found = messages.decode(update, "update", most_bytes=most)
+        wanted = self.layout.arrays(filled) | layouts.feedback(len(held), opened.collected.probes, self.terms.solo)
+        found = messages.decode(update, "update", most_bytes=messages.most_bytes(wanted))
         messages.check_header(found.header, dict(run=str, round=int, client=int, examples=int, rejected=bool, train_loss=float))
         sent = found.header["run"], found.header["round"], found.header["client"]
         if sent != (self.roster.run, self.done, client):
@@ -201,7 +198,7 @@ class Server:
             raise RefusedError(f"it is of {found.header['examples']} examples, not {self.roster.examples(client)}")
         if found.header["rejected"]:
             raise RefusedError("the client says that its own training is not finite or absurd")
-        messages.check_arrays(found.arrays, self.layout.arrays(filled) | told)
+        messages.check_arrays(found.arrays, wanted)
         self._check_feedback(client, held, found.arrays)
         opened.collected.put(row, self.layout, held, found, time.monotonic() - opened.began)
 

@@ -36,7 +36,7 @@ def start(coordinator: str, number: int | None = None, process: int | None = Non
         jax.distributed.initialize(**beats)
         return
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise ValueError(f"coordinator is {coordinator!r}, it must be auto or HOST:PORT of the first process")
     if number is None or process is None or not 0 <= process < number:
         raise ValueError(f"processes is {number} and process is {process}: give both, the second from 0 to the first less 1")
