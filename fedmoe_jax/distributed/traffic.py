@@ -65,8 +65,9 @@ def _turns(computation: str, callers: dict[str, tuple[str, int | None]]) -> int 
 
 def _one(operation: re.Match, line: str, times: int | None, num_devices: int) -> Collective:
     kind, arrays = operation[2], _ARRAY.findall(operation[1])
-    if operation[3] and kind in ("all-gather", "collective-permute"):  # what starts tells operands, too
-        arrays = arrays[len(arrays) // 2 :][: max(1, len(arrays) // 2)] if len(arrays) > 1 else arrays
+    if operation[3] and kind != "all-reduce":  # what starts tells operands, too, and then results and counters
+        arrays = [array for array in arrays if array != ("u32", "")]
+        arrays = arrays[len(arrays) // 2 :]
     shapes = tuple(tuple(int(size) for size in sizes.split(",") if size) for _, sizes in arrays)
     size = sum(math.prod(shape) * _itemsize(kind_of) for shape, (kind_of, _) in zip(shapes, arrays, strict=True))
     devices = _group(line, num_devices)
