@@ -47,6 +47,7 @@ def test_a_small_cell_gives_a_table(monkeypatch, tmp_path):
     found = grid.run("fashion_both", aligners=("paper-style greedy",), seeds=2, **small)
     ((name, seeds),) = found["runs"].items()
     assert name == "paper-style greedy" and len(seeds) == 2 and found["cell"] == "fashion_both"
+    assert grid.run("fashion_both", aligners=("paper-style greedy",), seeds=1, first=1, **small)["runs"] == {name: seeds[1:]}
     for run in seeds:
         assert run["round"] == [2, 4] and run["bytes"][1] > run["bytes"][0] and len(run["client_accuracy_fittest_prior_mean"]) == 2
     assert found["config"]["data"] == "some.npz"
@@ -107,6 +108,41 @@ def test_tasks_that_fail_are_named_and_the_others_kept(monkeypatch, tmp_path, de
     kept = {path.stem: list(json.loads(path.read_text())["runs"]) for path in tmp_path.glob("*.json")}
     assert kept == {"fashion_iid": ["random", "balanced"], "fashion_both": ["full"], "fashion_iid+phones": ["random", "balanced"]}
     assert all(number <= (2 if devices else 3) for number in most.values()) and (not devices or set(most) == {"0", "1"})
+
+
+def test_seeds_apart_wait_for_each_other_and_are_not_run_again(monkeypatch, tmp_path):
+    ran, fails = [], {"1"}
+
+    def train(words, *, env, check):
+        cell, aligner, seed = words[3], words[5], words[words.index("--only") + 1]
+        ran.append((aligner, seed))
+        if seed in fails:
+            raise subprocess.CalledProcessError(1, words)
+        Path(words[-1]).mkdir()
+        result = result_of(aligner, cell=cell) | {"runs": {aligner: [f"{aligner} {seed}"]}}
+        (Path(words[-1]) / f"{cell}.json").write_text(json.dumps(result))
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["grid", "fashion_iid", "--apart", "--seeds", "3", "--out", str(tmp_path), *words])
+        grid.main("what it is", "experiments.alignment", PLAN)
+
+    monkeypatch.setattr(grid.subprocess, "run", train)
+    with pytest.raises(SystemExit, match="2 failed: fashion_iid with random, seed 1, fashion_iid with balanced, seed 1"):
+        command("--aligners", "random", "balanced")
+    assert ran == [(aligner, seed) for seed in "012" for aligner in ("random", "balanced")] and not (tmp_path / "fashion_iid.json").exists()
+    fails.clear()
+    command("--aligners", "balanced")
+    assert ran[6:] == [("balanced", "1")] and len(list((tmp_path / "parts").iterdir())) == 2
+    merged = json.loads((tmp_path / "fashion_iid.json").read_text())
+    assert merged["runs"] == {"balanced": ["balanced 0", "balanced 1", "balanced 2"]} and merged["seconds"] == 180
+
+
+def test_one_seed_is_what_all_seeds_have_of_it(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(grid, "run", lambda *args, **options: made.append((args, options)) or result_of("balanced"))
+    monkeypatch.setattr(sys, "argv", ["grid", "fashion_iid", "--aligners", "balanced", "--only", "2", "--out", str(tmp_path)])
+    grid.main("what it is", "experiments.alignment", PLAN)
+    assert made == [(("fashion_iid",), dict(aligners=["balanced"], seeds=1, first=2))]
 
 
 def test_results_are_of_what_the_configurations_say():

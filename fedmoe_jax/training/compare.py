@@ -21,7 +21,7 @@ from fedmoe_jax.training.setup import Setup, build, variant
 from fedmoe_jax.training.trainer import Run, claim
 
 
-def compare(config: TrainConfig, out: str | Path, *, aligners: list[str], seeds: int) -> dict[str, Any]:
+def compare(config: TrainConfig, out: str | Path, *, aligners: list[str], seeds: int, first: int = 0) -> dict[str, Any]:
     """Runs every aligner with every seed, writes each run's metrics, comparison.json, plots and report.
 
     Args:
@@ -29,6 +29,7 @@ def compare(config: TrainConfig, out: str | Path, *, aligners: list[str], seeds:
       out: an absent or empty folder.
       aligners: names as in `config.aligner`.
       seeds: runs of each aligner, at least 1.
+      first: number of the first of them.
 
     Returns:
       The content of comparison.json.
@@ -55,7 +56,8 @@ def compare(config: TrainConfig, out: str | Path, *, aligners: list[str], seeds:
         accountant.of_run(one, one.rounds)
     data = build(config)
     setups = {
-        aligner: [variant(data, dataclasses.replace(one, seed=config.seed + n)) for n in range(seeds)] for aligner, one in configs.items()
+        aligner: [variant(data, dataclasses.replace(one, seed=config.seed + n)) for n in range(first, first + seeds)]
+        for aligner, one in configs.items()
     }
     metrics.write_text(out / "config.toml", to_toml(config))
     runs: dict[str, list[list[Record]]] = {}
