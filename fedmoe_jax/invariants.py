@@ -40,7 +40,8 @@ def as_promised(alignment: Alignment, kept: Alignment, min_holders: int, groups:
     good &= (by_group(held != NO_EXPERT, groups).sum(axis=2) == promised.slots.reshape(len(held), groups)).all()
     if promised.lower is None:
         return good
-    outside = each - jnp.clip(each, promised.lower, jnp.maximum(promised.lower, promised.upper))
+    lower = jnp.maximum(promised.lower, 0)
+    outside = each - jnp.clip(each, lower, jnp.maximum(lower, promised.upper))
     return good & (jnp.abs(by_group(outside, groups)).sum(axis=1) == promised.violation.reshape(groups)).all()
 
 

@@ -70,6 +70,7 @@ def check(fitness, slots, lower, upper, key=None, tolerance=1e-4):
     assert not (found & ~allowed).any()
     np.testing.assert_array_equal(found.sum(1), np.minimum(slots, allowed.sum(1)))
     assert violation(found, case) == violation(wanted, case) == int(info.violation)
+    assert not allowed.all() or int(info.violation) == int(assign.least_violation(*map(jnp.array, (slots, lower, upper))))
     loss = (value(wanted, case) - value(found, case)) / max(np.abs(np.where(found, fitness, 0)).sum(), 1e-9)
     assert loss <= tolerance
     assert -1e-6 <= float(info.gap) <= tolerance and loss <= float(info.gap) + 1e-6

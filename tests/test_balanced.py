@@ -138,6 +138,7 @@ def test_bounds_that_must_be_broken_are_broken_least_with_few_clients_near(monke
     np.testing.assert_array_equal(masks.sum(2), slots)
     reach = masks.sum(1)
     np.testing.assert_array_equal(info.violation, np.abs(reach - np.clip(reach, lower, upper)).sum(1))
+    np.testing.assert_array_equal(info.violation, jax.vmap(assign.least_violation)(*map(jnp.asarray, (slots, lower, upper))))
     for row in range(0, problems, 8):
         load = best(fitness[row], slots[row], lower[row], upper[row]).sum(0)
         assert info.violation[row] == np.abs(load - np.clip(load, lower[row], upper[row])).sum()

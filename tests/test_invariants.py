@@ -89,7 +89,6 @@ def test_each_group_keeps_what_it_promises(name):
 
 @pytest.mark.parametrize("name", ["load_only", "balanced"])
 def test_an_assignment_outside_of_its_bounds_is_seen(name):
-    crowded = lambda held: jnp.where(held == NO_EXPERT, held, jnp.arange(2))  # noqa: E731
     assert aligned("random", changed=crowded) and not aligned(name, changed=crowded)
 
 
@@ -99,17 +98,28 @@ def beyond(lower, upper):
     return LoadMonitor(given.init, lambda *_: (jnp.full(4, lower), jnp.full(4, upper)), given.update, given.deficit)
 
 
-@pytest.mark.parametrize("bounds", [(5, 9), (0, 1)])
-def test_bounds_that_cannot_be_met_are_broken_as_far_as_is_told(bounds, monkeypatch):
+def crowded(held):
+    """All on the first two experts."""
+    return jnp.where(held == NO_EXPERT, held, jnp.arange(2))
+
+
+@pytest.mark.parametrize("bounds", [(5, 9), (0, 1), (-3, -1)])
+def test_bounds_that_cannot_be_met_are_broken_no_more_than_need_be(bounds):
     assert aligned("balanced", load=beyond(*bounds))
+    assert bounds[1] < 0 or not aligned("balanced", load=beyond(*bounds), changed=crowded)
+
+
+def test_bounds_that_are_broken_without_need_are_seen_though_that_is_told(monkeypatch):
     right = assign.balanced
 
-    def lies(*args, **options):
-        mask, info = right(*args, **options)
-        return mask, info._replace(violation=jnp.zeros_like(info.violation))
+    def wrong(fitness, slots, lower, upper, **options):
+        mask = jnp.arange(fitness.shape[1]) < slots[:, None]
+        load = mask.sum(axis=0)
+        violation = jnp.abs(load - jnp.clip(load, lower, upper)).sum()
+        return mask, right(fitness, slots, lower, upper, **options)[1]._replace(violation=violation)
 
-    monkeypatch.setattr(assign, "balanced", lies)
-    assert not aligned("balanced", load=beyond(*bounds))
+    monkeypatch.setattr(assign, "balanced", wrong)
+    assert not aligned("balanced")
 
 
 def test_an_aligner_that_goes_by_fitness_alone_is_seen(monkeypatch):

@@ -127,7 +127,8 @@ def balanced(
     def within_bounds(key, state, cohort, score, wanted):
         lower, upper = monitor.bounds(state.load, cohort.slots, wanted)
         mask, info = assign.balanced(score, cohort.slots, lower, upper, key=key, prices=state.prices, return_info=True)
-        return mask, info.prices, lower, upper, info.violation
+        least = assign.least_violation(cohort.slots, lower, upper)  # and not what the mask makes of it, where that can be told
+        return mask, info.prices, lower, upper, jnp.where(jnp.isfinite(score).all(), least, info.violation)
 
     def with_deficits(key, state, cohort, score, wanted):
         behind = monitor.deficit(state.load) * num_experts / jnp.maximum(cohort.slots.sum(), 1)

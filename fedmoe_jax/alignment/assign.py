@@ -138,6 +138,28 @@ def balanced(
     return (mask, info) if return_info else mask
 
 
+def least_violation(slots: Int[Array, " client"], lower: Int[Array, " expert"], upper: Int[Array, " expert"]) -> Int[Array, ""]:
+    """The least `BalancedInfo.violation` of any assignment that fills all slots, where every pair is allowed.
+
+    Any k experts get at most f(k) = sum over clients of min(slots, k) clients, and at least f(E) - f(E - k). As f is concave, bounds
+    are broken by what the highest lower bounds ask for beyond the first, and by what the lowest upper bounds refuse of the second.
+
+    Args:
+      slots: experts that each client holds, 0 to num_experts.
+      lower, upper: as in `balanced`; an upper below lower counts as lower.
+    """
+    asked = jnp.maximum(lower, 0)
+    least, most = (jnp.clip(bound, 0, slots.shape[0]) for bound in (asked, jnp.maximum(asked, upper)))  # so that sums fit in 32 bits
+
+    def sums(values):
+        return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(values, dtype=jnp.int32)])
+
+    reach = sums((slots[:, None] > jnp.arange(lower.shape[0])).sum(axis=0))
+    missing = (sums(jnp.sort(least, descending=True)) - reach).max()
+    crowding = (reach[-1] - reach[::-1] - sums(jnp.sort(most))).max()
+    return (asked - least).sum() + missing + crowding
+
+
 @functools.partial(jax.jit, static_argnames="return_info")
 def _balanced(fitness, slots, lower, upper, key, prices, return_info):
     """`balanced` on arrays that may be anything: rounds the fitness to integers, solves, and proves the result."""
