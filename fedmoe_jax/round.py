@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fedmoe_jax import aggregation, arguments, cache, invariants, mass, posterior, sampling, scaffold, sharding
 from fedmoe_jax.aggregation import Transform, compression
@@ -52,7 +52,7 @@ class Opening(NamedTuple):
 class Parts(NamedTuple):
     """A round before and after local training, for clients that train elsewhere (`deploy`).
 
-    begin(state, population, available) -> Opening, of the clients of the round in `sampling.of_round`'s order, and
+    begin(state, population, available, sampled) -> Opening, of the clients `sampled`, those of `sampling.of_round` in a simulation, and
     finish(state, opening, trainees, taken, reached, outcome) -> (State, Info): `trainees` is the cohort of those whose update
     is there, `taken` their seconds, `reached` who surely received what it holds, `outcome` as `Trainer.train` returns it.
     """
@@ -179,10 +179,9 @@ def federated_moe(
         own = personal, controls, statistics, residuals, private
         return sharding.place(start(key, population.num_clients, parts, own, server_optimizer, aligner), population.num_clients, mesh)
 
-    def begin(state: State, population: Population, available: Bool[Array, " client"]) -> Opening:
+    def begin(state: State, population: Population, available: Bool[Array, " client"], sampled: Int[Array, " client"]) -> Opening:
         key = jax.random.fold_in(state.key, state.round)
         cost = trainer.cost(population, state.round)
-        sampled = sampling.of_round(state.key, state.round, population.num_clients, cohort_size)
         drawn = sampling.drawn(state.key, state.round, population.num_clients, cohort_size, sampling_rate)
         available, unavailable = available & drawn, drawn & ~available
         examples = trainer.examples(jax.vmap(population.num_examples)(sampled))
@@ -228,7 +227,7 @@ def federated_moe(
     def step(state: State, population: Population) -> tuple[State, Info]:
         sampled = sampling.of_round(state.key, state.round, population.num_clients, cohort_size)
         available, slowdown = conditions.draw(stage_key(state.key, "conditions"), state.round, sampled)
-        opening = begin(state, population, available)
+        opening = begin(state, population, available, sampled)
         taken = slowdown * opening.planned
         trainees = dataclasses.replace(opening.cohort, present=opening.cohort.present & (taken <= limit))
         arrived = _arrived(broadcast, state)

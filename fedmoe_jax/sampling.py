@@ -56,6 +56,17 @@ def of_round(key: Key[Array, ""], round: Int[Array, ""], population: int, size: 
     return cohort(stage_key(jax.random.fold_in(key, round), "cohort"), population, size)
 
 
+def of_those_here(key: Key[Array, ""], round: Int[Array, ""], here: Bool[Array, " population"], size: int) -> Int[Array, " client"]:
+    """The cohort of a round drawn from those of the population that are `here`: the first ones in the order of `of_round`.
+
+    A uniform sample of them, and exactly `of_round` where all are here. Where fewer than `size` are, all of them, and others who
+    are not. Costs an evaluation for each of the population.
+    """
+    order = of_round(key, round, here.shape[0], here.shape[0])
+    first = jnp.argsort(~here[order], stable=True)[:size]
+    return order[jnp.sort(first)]
+
+
 def drawn(key: Key[Array, ""], round: Int[Array, ""], population: int, size: int, rate: float | None) -> Bool[Array, " client"]:
     """Which clients of the cohort of a round (`of_round`) are there, where each of the population is with a chance of `rate`.
 

@@ -19,6 +19,7 @@ from fedmoe_jax.deploy.server import Server
 from fedmoe_jax.training import metrics
 from fedmoe_jax.training.evaluate import evaluate_run
 from fedmoe_jax.training.export import export_run, load
+from fedmoe_jax.training.interrupt import StoppedError
 
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
@@ -70,7 +71,7 @@ def server(run):
     before, config = (server.state, dict(server.roster.clients)), server.config
     yield server
     server.config = config
-    server.state, server.roster.clients, server._open = *before, None
+    server.state, server.roster.clients, server._open, server._rejected = *before, None, 0
     server.checkpoints.save(3, server.state, {"run": server.roster.run})
     server.log.truncate(3)
 
@@ -145,6 +146,18 @@ def test_a_round_without_clients_changes_no_weights(server):
     jax.tree.map(np.testing.assert_array_equal, (server.state.experts, server.state.shared), (before.experts, before.shared))
 
 
+def test_a_cohort_is_drawn_from_those_who_are_there(run, tmp_path):
+    folder, _, members, *_ = run
+    server = real.served(tmp_path, dataclasses.replace(real.config(folder), population=200, cohort=3), members)
+    seen = []
+    for _ in range(6):
+        tasks = server.open(NODES[:3] if len(seen) == 5 else NODES)
+        assert len(tasks) == 3 and server.waiting == {int(node[-1]) for node in tasks}
+        seen.append(frozenset(tasks))
+        assert server.close()["unavailable_clients"] == 0
+    assert len(set(seen)) > 1 and seen[5] == frozenset(NODES[:3])
+
+
 def altered(update, header=None, **arrays):
     """An update with other fields and arrays; None takes one away."""
     found = messages.decode(update, "update", most_bytes=1 << 30)
@@ -195,6 +208,25 @@ def test_updates_that_are_not_what_they_must_be_are_refused_told_and_counted(run
     assert not server.accept("node-1", sent["node-1"]) and "nothing is asked of it" in notes[-1]  # too late
     server.open(NODES)
     assert not server.accept("node-1", sent["node-1"]) and "it is of run, round and client" in notes[-1]  # and stale
+
+
+def test_updates_of_earlier_rounds_are_refused_and_the_real_ones_still_waited_for(run, server):
+    _, _, members, _, notes = run
+    late = real.updates(server.open(NODES[:2]), members)
+    assert server.accept("node-0", late["node-0"])
+    server.close()
+    assert not server.accept("node-1", late["node-1"]) and "nothing is asked of it" in notes[-1]  # between two rounds
+    server.refuse("node-1", "it broke")
+    sent = real.updates(server.open(NODES[:2]), members)
+    assert not server.accept("node-1", late["node-1"]) and "it is of run, round and client" in notes[-1]
+    assert not server.accept("node-1", b"nonsense", stale=True) and "it is late" in notes[-1]
+    assert server.waiting == {0, 1}
+    for node, update in sent.items():
+        assert server.accept(node, update)
+    record = server.close()
+    assert record["rejected_updates"] == 4 and record["dropped_clients"] == 0
+    server.open(NODES[:2])
+    assert server.close()["rejected_updates"] == 0
 
 
 def test_numbers_that_are_too_large_for_sums_do_not_reach_the_model(run, server):
@@ -371,6 +403,42 @@ def test_the_loop_greets_waits_and_does_without_those_that_do_not_answer(run, se
     assert any("node-3 sent is refused: it broke" in line for line in told)
     assert sum("nothing came from clients [2]" in line for line in told) == 1 and 100 <= seconds[0] < 300
     assert not np.array_equal(layouts.host(server.state.shared)["into.kernel"], layouts.host(before.shared)["into.kernel"])
+
+
+def test_the_loop_ends_when_nobody_trains_any_more(run, server):
+    _, _, members, *_ = run
+    server.config, seconds = dataclasses.replace(server.config, rounds=1000), [0.0]
+
+    def script(step, link):
+        link.void = [] if server.done == 9 else list(link.members)
+
+    def sleep(pause):
+        seconds[0] += pause
+
+    link = FakeLink({f"node-{number}": client for number, client in enumerate(members)}, script)
+    with pytest.raises(StoppedError, match="nobody has trained in 10 rounds in a row"):
+        loop.serve(server, link, least=4, patience=100.0, clock=lambda: seconds[0], sleep=sleep)
+    trained = [record["clients_per_second"] > 0 for record in metrics.read(server.log.path)]
+    assert trained[3:] == [False] * 6 + [True] + [False] * 10
+
+
+def test_the_loop_does_not_take_a_late_answer_for_the_one_that_it_waits_for(run, server):
+    _, _, members, *_ = run
+    server.config, seconds = dataclasses.replace(server.config, rounds=4), [0.0]
+
+    class Late(FakeLink):
+        def poll(self):
+            replies = super().poll()
+            early = [Reply(r.node, r.kind, data, "it broke", True) for r in replies if r.kind == "task" for data in (None, b"nonsense")]
+            return [*early, *replies]
+
+    def sleep(pause):
+        seconds[0] += pause
+
+    link = Late({f"node-{number}": client for number, client in enumerate(members)}, lambda step, link: None)
+    loop.serve(server, link, least=4, patience=100.0, clock=lambda: seconds[0], sleep=sleep)
+    record = metrics.read(server.log.path)[-1]
+    assert record["rejected_updates"] == 4 and record["dropped_clients"] == 0 and sum(record["load"]) == 8
 
 
 def test_a_client_whose_first_answer_is_none_is_asked_again(run, server):

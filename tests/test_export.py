@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -198,6 +199,24 @@ def test_mistakes_are_told_in_one_line(tmp_path, known, capsys):
     (out / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
     with pytest.raises(ValueError, match="holds no export"):
         export.load(out)
+
+
+def test_a_model_of_ones_own_is_imported_only_where_it_is_trusted(tmp_path, known, monkeypatch):
+    folder, setup, _ = known("shared")
+    export.export_run(folder, setup.config, tmp_path / "export")
+    about = json.loads((tmp_path / "export" / "config.json").read_text())
+    name = "own_model:create"
+    (tmp_path / "export" / "config.json").write_text(json.dumps(about | {"model": about["model"] | {"name": name}}))
+    own = "import fedmoe_jax\n\ndef create(**options):\n    return fedmoe_jax.models.create('mlp', **options)\n"
+    (tmp_path / "own_model.py").write_text(own)
+    monkeypatch.syspath_prepend(tmp_path)
+    for trusted in (None, "own_model:other"):
+        with pytest.raises(ValueError, match="'own_model:create', which is code that is not trusted") as caught:
+            export.load(tmp_path / "export", trusted=trusted)
+        assert "\n" not in str(caught.value) and "own_model" not in sys.modules
+    x = examples(setup)[:3]
+    assert export.load(tmp_path / "export", trusted=name).logits(x).shape == (3, setup.num_classes)
+    assert len(list(example().answers(str(tmp_path / "export"), [json.dumps(x[0].tolist())], name))) == 1
 
 
 def test_a_model_that_computes_in_bfloat16_comes_back(tmp_path, runs, monkeypatch):

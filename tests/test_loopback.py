@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import real_clients as real
 
@@ -28,7 +29,8 @@ pytestmark = [
 ]
 
 HERE = Path(__file__).parent
-WIDE = {"model_options": {"hidden": 128, "expert_hidden": 512}}
+WIDE = {"model_options": {"hidden": 128, "expert_hidden": 512}, "client_lr": 0.05}
+"""Few bytes on the wire are no weights, and training is stable: with a client_lr of 0.3 the loss rises, and rounding grows to 1e-5."""
 
 
 class Relay:
@@ -162,7 +164,7 @@ def test_four_clients_over_tls_train_the_model_of_the_simulation(tmp_path):
     }
     weights = np.load(tmp_path / "out" / "weights.npz")
     for path, value in (layouts.host(states[3].experts) | layouts.host(states[3].shared)).items():
-        np.testing.assert_allclose(weights[path.replace(".", "/")], value, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(weights[path.replace(".", "/")], value, rtol=1e-5, atol=1e-6)
     found = {}
     for name, measured in wire.items():
         simulated = sum(float(getattr(info, name)) for info in infos)
@@ -180,9 +182,11 @@ def test_a_run_outlives_its_server_and_a_client(tmp_path):
         server = network.serve()
         members = [network.join(number, network.port) for number in range(4)]
         network.until(lambda: len(rounds(tmp_path)) >= 1, 240, "no first round")
+        started = psutil.Process(server.pid).children(recursive=True)
         server.send_signal(signal.SIGTERM)
         server.wait(timeout=60)
         assert server.returncode == 143
+        assert len(started) >= 3 and psutil.wait_procs(started, timeout=1)[1] == []  # SuperLink, its SuperExec, the server's app
         before = rounds(tmp_path)
         os.killpg(members[3].pid, signal.SIGKILL)
         again = network.serve(least=3, patience=45)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_jax.sampling import cohort, permutation
+from fedmoe_jax.sampling import cohort, of_round, of_those_here, permutation
 
 MOST = 64
 _padded = jax.jit(lambda key, size: permutation(key, jnp.arange(MOST), size))
@@ -19,6 +19,17 @@ def test_it_is_a_permutation(seed, size):
     values = np.asarray(_padded(jax.random.key(seed), size))
     assert sorted(values[:size]) == list(range(size))
     np.testing.assert_array_equal(values, values[np.arange(MOST) % size])  # later positions wrap around
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), here=st.lists(st.booleans(), min_size=7, max_size=7), size=st.integers(1, 7))
+def test_a_cohort_of_those_who_are_here(seed, here, size):
+    key, here = jax.random.key(seed), np.array(here)
+    found = np.asarray(of_those_here(key, jnp.int32(3), jnp.asarray(here), size))
+    order = np.asarray(of_round(key, jnp.int32(3), 7, 7))
+    assert len(set(found)) == size and here[found].sum() == min(size, here.sum())
+    assert list(found[here[found]]) == list(order[here[order]][:size])
+    np.testing.assert_array_equal(of_those_here(key, jnp.int32(3), jnp.ones(7, bool), size), of_round(key, jnp.int32(3), 7, size))
 
 
 def test_size_zero_is_taken_as_one():

@@ -2,10 +2,15 @@
 
 import asyncio
 import dataclasses
+import os
 import socket
+import subprocess
 import sys
+import time
+import types
 
 import numpy as np
+import psutil
 import pytest
 import real_clients as real
 
@@ -64,6 +69,111 @@ def test_other_machines_reach_the_fleet_only(path, peer, passes):
     scope = {"type": "http", "path": path, "client": peer and (peer, 1)}
     asyncio.run(superlink.Guard(app)(scope, None, send))
     assert bool(passed) == passes and (passes or sent[0]["status"] == 403)
+
+
+GUARDED = """
+import asyncio, sys, httpx, uvicorn
+from fedmoe_jax.deploy import superlink
+
+made = []
+uvicorn.run = lambda app, **options: made.append(app)
+sys.argv = ["flower-superlink", "--insecure", "--isolation", "process"]
+superlink.main()
+
+async def ask(path, peer):
+    wire = httpx.ASGITransport(made[0], client=(peer, 1), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=wire, base_url="http://server") as client:
+        return (await client.post(path)).text == "only from this machine"
+
+for path in ("/v1/control/start-run", "/v1/runtime/acquire-task", "/health", "/v1/fleet/pull-messages"):
+    print(path, *(asyncio.run(ask(path, peer)) for peer in ("10.0.0.9", "127.0.0.1")))
+"""
+
+
+def test_the_superlink_asks_the_guard(tmp_path):
+    pytest.importorskip("flwr", reason="flwr is not installed")
+    environment = dict(os.environ) | {"FLWR_HOME": str(tmp_path), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    done = subprocess.run([sys.executable, "-c", GUARDED], env=environment, capture_output=True, text=True, timeout=120)
+    answers = [line.split() for line in done.stdout.splitlines() if line.startswith(("/v1/", "/health"))]
+    assert [words[1:] for words in answers] == [["True", "False"]] * 3 + [["False", "False"]], done.stderr[-2000:]
+
+
+class FakeGrid:
+    """Flower's grid with nodes of which tests make the answers."""
+
+    def __init__(self, *keys):
+        self.nodes = [types.SimpleNamespace(node_id=number, public_key=key) for number, key in enumerate(keys, 1)]
+        self.sent, self.answers, self.asked = [], [], []
+
+    def get_nodes(self):
+        return self.nodes
+
+    def push_messages(self, messages):
+        self.sent += messages
+        return [f"message-{len(self.sent)}" for _ in messages]
+
+    def pull_messages(self, keys):
+        self.asked = list(keys)
+        found, self.answers = self.answers, []
+        return found
+
+    def answer(self, key, data=None, reason=""):
+        from fedmoe_jax.deploy import flower
+
+        about = types.SimpleNamespace(reply_to_message_id=key)
+        error, content = types.SimpleNamespace(reason=reason), None if data is None else flower.pack(data)
+        self.answers.append(types.SimpleNamespace(metadata=about, has_error=lambda: data is None, error=error, content=content))
+
+
+def test_the_link_tells_answers_to_earlier_tasks_from_those_to_the_last(monkeypatch):
+    pytest.importorskip("flwr", reason="flwr is not installed")
+    from flwr.serverapp import Grid
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from fedmoe_jax.deploy import flower
+
+    Grid.register(FakeGrid)
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    names, told = [flower.node_name(key) for key in (b"one", b"two", b"three")], []
+    grid = FakeGrid(b"one", b"two", b"three")
+    link = flower.GridLink(grid, set(names[:2]), told.append)
+    assert sorted(link.nodes()) == sorted(names[:2]) and sorted(link.nodes()) == sorted(names[:2])
+    assert told == [f"node {names[2]} is refused: its key is not among those of --keys"]
+    assert link.poll() == [] and grid.asked == []
+    link.push("hello", {names[0]: b""}, 5.0)
+    link.push("task", {names[0]: b"first", names[1]: b"other"}, 5.0)
+    link.push("task", {names[0]: b"second"}, 5.0)
+    assert [(m.metadata.dst_node_id, m.metadata.message_type, flower.unpack(m.content)) for m in grid.sent] == [
+        (1, "query", b""), (1, "train", b"first"), (2, "train", b"other"), (1, "train", b"second"),
+    ]  # fmt: skip
+    for key, data in (("message-2", b"late"), ("message-1", b"hello"), ("message-4", b"update"), ("unknown", b"x")):
+        grid.answer(key, data)
+    grid.answer("message-3", reason="it broke")
+    assert link.poll() == [
+        (names[0], "task", b"late", "", True), (names[0], "hello", b"hello", "", False), (names[0], "task", b"update", "", False),
+        (names[1], "task", None, "it broke", False),
+    ]  # fmt: skip
+    assert grid.asked == [f"message-{number}" for number in (1, 2, 3, 4)] and link.poll() == []
+
+
+STARTS = """
+import subprocess, sys, time
+inner = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid, flush=True); time.sleep(600)"
+print(subprocess.Popen([sys.executable, "-c", inner], start_new_session=True).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_a_process_has_started_ends_with_it_in_groups_of_its_own_too(tmp_path):
+    log, end = tmp_path / "log", time.monotonic() + 30
+    with launch._process([sys.executable, "-c", STARTS], dict(os.environ), log):
+        while len(log.read_text().split()) < 2:
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+        numbers = [int(word) for word in log.read_text().split()]
+        assert all(psutil.pid_exists(number) for number in numbers)
+    assert not any(psutil.pid_exists(number) and psutil.Process(number).status() != psutil.STATUS_ZOMBIE for number in numbers)
 
 
 def test_mistakes_on_the_command_line_are_told_in_one_line(tmp_path, capsys, monkeypatch):

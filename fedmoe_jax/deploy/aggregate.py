@@ -21,7 +21,7 @@ from fedmoe_jax.training.setup import Setup
 
 @dataclasses.dataclass
 class Collected:
-    """Room for the update of each client of a cohort, zero where none came; `refused` are the nodes whose was not taken."""
+    """Room for the update of each client of a cohort, zero where none came."""
 
     experts: Any
     shared: Any
@@ -30,7 +30,6 @@ class Collected:
     came: np.ndarray
     seconds: np.ndarray
     probes: int
-    refused: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
     def empty(cls, setup: Setup, clients: int, slots: int, probes: int) -> "Collected":

@@ -74,6 +74,7 @@ class GridLink:
         self._ids: dict[str, int] = {}
         self._refused: set[str] = set()
         self._pending: dict[str, tuple[str, str]] = {}
+        self._last: dict[tuple[str, str], str] = {}
 
     def nodes(self) -> Iterable[str]:
         """Names of the connected nodes that may take part."""
@@ -86,13 +87,13 @@ class GridLink:
         return [name for name in self._ids if self.allowed is None or name in self.allowed]
 
     def push(self, kind: str, messages: dict[str, bytes], seconds: float) -> None:
-        """Sends a message each; answers to earlier ones of the kind are not waited for any more."""
-        self._pending = {key: asked for key, asked in self._pending.items() if asked[1] != kind or asked[0] not in messages}
+        """Sends a message each. Answers to earlier ones of the kind are stale then; Flower ends those that are void with an error."""
         for name, data in messages.items():
             message = Message(pack(data), self._ids[name], _TYPES[kind], ttl=seconds)
             for key in self.grid.push_messages([message]):
                 if key:
                     self._pending[key] = name, kind
+                    self._last[name, kind] = key
 
     def poll(self) -> list[Any]:
         """The answers that have come."""
@@ -100,11 +101,13 @@ class GridLink:
 
         replies = []
         for message in self.grid.pull_messages(list(self._pending)) if self._pending else ():
-            name, kind = self._pending.pop(message.metadata.reply_to_message_id, ("", ""))
+            key = message.metadata.reply_to_message_id
+            name, kind = self._pending.pop(key, ("", ""))
+            stale = self._last.get((name, kind)) != key
             if name and message.has_error():
-                replies.append(Reply(name, kind, None, message.error.reason or ""))
+                replies.append(Reply(name, kind, None, message.error.reason or "", stale))
             elif name:
-                replies.append(Reply(name, kind, unpack(message.content)))
+                replies.append(Reply(name, kind, unpack(message.content), stale=stale))
         return replies
 
 

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fedmoe_jax.deploy.client import Client
 from fedmoe_jax.deploy.server import Server
 from fedmoe_jax.deploy.worker import listener, work
@@ -202,17 +204,29 @@ def _environment(home: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _process(command: Sequence[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen]:
-    """A process with a group of its own, which ends with what it has started when the block ends."""
+    """A process with a group of its own, which ends with all that it has started, in other groups too, when the block ends."""
     with log.open("ab") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         yield process
     finally:
+        started = _descendants(process.pid)
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
+            for other in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    other.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)
+            psutil.wait_procs(started, timeout=10)
+
+
+def _descendants(number: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(number).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _flwr(environment: dict[str, str], *words: str) -> None:

@@ -7,19 +7,25 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from fedmoe_jax.deploy.messages import line
 from fedmoe_jax.deploy.server import Server
+from fedmoe_jax.training.interrupt import StoppedError
 from fedmoe_jax.training.metrics import Record
 
 HELLO, TASK = "hello", "task"
 """What a client may be asked: what it is, and a round of training."""
+_MOST_IDLE = 10
 
 
 class Reply(NamedTuple):
-    """What came from a node that was asked something of a kind: bytes, or None and the reason why there are none."""
+    """What came from a node that was asked something of a kind: bytes, or None and the reason why there are none.
+
+    `stale` if the node has been asked something of the kind again since.
+    """
 
     node: str
     kind: str
     data: bytes | None
     reason: str = ""
+    stale: bool = False
 
 
 @runtime_checkable
@@ -58,10 +64,14 @@ def serve(
       patience: seconds after which a round ends without those that have not answered, and those that are not in are greeted again.
       pause: seconds between two looks at the link.
       clock, sleep: seconds, and how they pass.
+
+    Raises:
+      StoppedError: after ten rounds in a row in which nobody trained.
     """
     ready: set[str] = set()
     asked: dict[str, float] = {}  # until when an answer to a hello is waited for
     until: float | None = None
+    idle = 0
     while True:
         connected = set(link.nodes())
         ready &= connected
@@ -75,13 +85,16 @@ def serve(
                 ready.add(reply.node)
             elif reply.kind == HELLO and reply.data is None:
                 server.note(f"node {reply.node} does not say what it is: {line(reply.reason)}")
-            elif reply.kind == TASK and reply.data is None:
-                server.refuse(reply.node, reply.reason)
             elif reply.kind == TASK and reply.data is not None:
-                server.accept(reply.node, reply.data)
+                server.accept(reply.node, reply.data, stale=reply.stale)
+            elif reply.kind == TASK and not reply.stale:  # of an earlier task it is known that nothing came
+                server.refuse(reply.node, reply.reason)
         if until is not None and (not server.waiting or clock() >= until):
-            server.note(told(server.close(), server.config.rounds))
-            until = None
+            record, until = server.close(), None
+            server.note(told(record, server.config.rounds))
+            idle = 0 if record["clients_per_second"] > 0 else idle + 1
+            if idle >= _MOST_IDLE:
+                raise StoppedError(f"nobody has trained in {idle} rounds in a row, see above why; started again, it goes on")
         if server.started and server.done >= server.config.rounds:
             break
         if until is None and len(ready) >= least:

@@ -37,13 +37,18 @@ from fedmoe_jax.training.weights import save_weights
 
 
 class _Open(NamedTuple):
-    """A round in flight: when it began, on the host what was settled, for each client its row, and what came."""
+    """A round in flight: when it began, on the host what was settled, for each client its row, what came, and whose was refused."""
 
     began: float
     opening: Opening
     held: np.ndarray
     rows: dict[int, int]
     collected: Collected
+    refused: set[int]
+
+
+class StaleError(RefusedError):
+    """An update of an earlier round: that of the round that is open may still come."""
 
 
 class Server:
@@ -74,6 +79,7 @@ class Server:
         self.log, self.checkpoints = metrics.MetricsLog(self.folder / "metrics.jsonl"), Checkpoints(self.folder / "checkpoints")
         self.started = False
         self._open: _Open | None = None
+        self._rejected = 0  # since the last round ended
 
     @property
     def done(self) -> int:
@@ -110,12 +116,11 @@ class Server:
         self._most_tokens = most_tokens(setup)
 
     def open(self, connected: Iterable[str]) -> dict[str, bytes]:
-        """Begins a round with the nodes that can be reached: the task of each node that takes part."""
+        """Begins a round with the nodes that can be reached, of which its cohort is drawn: the task of each node that takes part."""
         nodes = {number: node for node in connected if (number := self.roster.number(node)) is not None}
-        population = self._population()
-        sampled = sampling.of_round(self.state.key, self.state.round, self.roster.places, self.config.cohort)
-        available = np.isin(np.asarray(sampled), list(nodes))
-        opening = self._begin(self.state, population, jnp.asarray(available))
+        here = jnp.asarray(np.isin(np.arange(self.roster.places), list(nodes)))
+        sampled = sampling.of_those_here(self.state.key, self.state.round, here, self.config.cohort)
+        opening = self._begin(self.state, self._population(), here[sampled], sampled)
         cohort, alignment, prior = jax.device_get((opening.cohort, opening.alignment, opening.prior))
         rows = {int(client): row for row, client in enumerate(cohort.client) if cohort.present[row]}
         experts, shared = layouts.host(self.state.experts), layouts.host(self.state.shared)
@@ -129,40 +134,50 @@ class Server:
             sent = layouts.cut(self.layout, experts, [e for e in wanted if not cohort.cached[row, e]])
             tasks[nodes[client]] = messages.encode("task", about, common | sent | {"prior": prior[row]})
         collected = Collected.empty(self.setup, len(sampled), alignment.held.shape[1], alignment.probed.shape[1])
-        self._open = _Open(time.monotonic(), opening, alignment.held, rows, collected)
+        self._open = _Open(time.monotonic(), opening, alignment.held, rows, collected, set())
         return tasks
 
-    def accept(self, node: str, update: bytes) -> bool:
-        """Takes in an update of the round that is open; one that is not what it must be is refused, told and counted."""
+    def accept(self, node: str, update: bytes, *, stale: bool = False) -> bool:
+        """Takes in an update of the round that is open; one that is not what it must be is refused, told and counted.
+
+        Args:
+          stale: it answers an earlier task than the node's last. One whose header is of an earlier round is stale as well.
+        """
         try:
+            if stale:
+                raise StaleError("it is late, the node has been asked again since")
             self._take(node, update)
         except RefusedError as error:
-            self.refuse(node, str(error))
+            self.refuse(node, str(error), stale=isinstance(error, StaleError))
             return False
         return True
 
-    def refuse(self, node: str, reason: str) -> None:
-        """Tells and counts what a node sent instead of an update, which then is not waited for."""
+    def refuse(self, node: str, reason: str, *, stale: bool = False) -> None:
+        """Tells and counts what a node sent instead of an update, which then is not waited for unless this is `stale`.
+
+        What comes between two rounds counts in the second.
+        """
         self.note(f"round {self.done}: what node {node} sent is refused: {messages.line(reason)}")
-        if self._open is not None:
-            self._open.collected.refused.append(node)
+        self._rejected += 1
+        client = self.roster.number(node)
+        if self._open is not None and client is not None and not stale:
+            self._open.refused.add(client)
 
     @property
     def waiting(self) -> set[int]:
         """Clients of the open round from which nothing came."""
         assert self._open is not None
-        refused = {self.roster.number(node) for node in self._open.collected.refused}
-        return {client for client, row in self._open.rows.items() if not self._open.collected.came[row]} - refused
+        return {client for client, row in self._open.rows.items() if not self._open.collected.came[row]} - self._open.refused
 
     def close(self) -> metrics.Record:
         """Ends the round with what came, and writes a checkpoint and its metrics."""
         assert self._open is not None
-        began, opening, _, _, collected = self._open
+        began, opening, _, _, collected, _ = self._open
         if self.waiting:
             self.note(f"round {self.done}: nothing came from clients {sorted(self.waiting)}")
         arrays = collected.arrays(time.monotonic() - began)
-        self.state, info = jax.block_until_ready(self._close(self.state, opening, *arrays, len(collected.refused)))
-        self._open, done = None, self.done
+        self.state, info = jax.block_until_ready(self._close(self.state, opening, *arrays, self._rejected))
+        self._open, self._rejected, done = None, 0, self.done
         values = {name: getattr(info, name) for name in metrics.METRIC_FIELDS if hasattr(info, name)}
         if self._evaluate is not None and (done % self.config.eval_every == 0 or done >= self.config.rounds):
             values |= self._evaluate(self.state)
@@ -193,7 +208,8 @@ class Server:
         messages.check_header(found.header, dict(run=str, round=int, client=int, examples=int, rejected=bool, train_loss=float))
         sent = found.header["run"], found.header["round"], found.header["client"]
         if sent != (self.roster.run, self.done, client):
-            raise RefusedError(f"it is of run, round and client {sent}, not {(self.roster.run, self.done, client)}")
+            kind = StaleError if sent[1] < self.done else RefusedError
+            raise kind(f"it is of run, round and client {sent}, not {(self.roster.run, self.done, client)}")
         if found.header["examples"] != self.roster.examples(client):
             raise RefusedError(f"it is of {found.header['examples']} examples, not {self.roster.examples(client)}")
         if found.header["rejected"]:

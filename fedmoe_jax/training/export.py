@@ -105,11 +105,15 @@ def _personal(setup: Setup, state: State, client: int) -> tuple[dict[str, jax.Ar
     return named(experts) | named(state.shared) | {_PRIOR: prior}, {"held": held.tolist()}
 
 
-def load(folder: str | Path) -> Exported:
-    """The model of an export, with room for no more experts than it has. Its own model functions must be importable.
+def load(folder: str | Path, *, trusted: str | None = None) -> Exported:
+    """The model of an export, with room for no more experts than it has.
+
+    Args:
+      trusted: the one model "package.module:name" that may be imported; by default only built-in ones are made.
 
     Raises:
-      ValueError: in one line with the folder, if it holds no export, of another form, or the two files do not belong together.
+      ValueError: in one line with the folder, if it holds no export, of another form, or another model, or the two files do not belong
+        together.
     """
     folder, library = Path(folder), _safetensors()
     try:
@@ -117,10 +121,13 @@ def load(folder: str | Path) -> Exported:
         tensors = library.load((folder / _WEIGHTS).read_bytes())
         known = about["format"] == FORMAT
         model, held = dict(about["model"]), about["held"]
+        name = str(model["name"])
     except (OSError, KeyError, TypeError, ValueError, library_error()) as error:
         raise ValueError(f"{folder} holds no export that can be read ({' '.join(str(error).split())})") from None
     if not known:
         raise ValueError(f"{folder} has form {about['format']} of an export, this version reads {FORMAT}")
+    if ":" in name and name != trusted:
+        raise ValueError(f"{folder} holds the model {name!r}, which is code that is not trusted; give its name as `trusted`")
     try:
         return _made(folder, about, tensors, model, held)
     except Exception as error:  # of models that are none, and tensors of which none can be made
