@@ -73,7 +73,12 @@ def test_permuting_the_cohort_permutes_the_alignment(name):
         cohort, key = make_cohort(seed), jax.random.key(seed)
         aligned, after = align(key, state, cohort)
         permuted, after_permuted = align(key, state, jax.tree.map(lambda rows: rows[order], cohort))
+        (promised, aligned), (permuted_promise, permuted) = (
+            (x.promised, dataclasses.replace(x, promised=None)) for x in (aligned, permuted)
+        )
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[order], b), aligned, permuted)
+        np.testing.assert_array_equal(promised.slots[order], permuted_promise.slots)
+        jax.tree.map(np.testing.assert_array_equal, (promised.lower, promised.upper), (permuted_promise.lower, permuted_promise.upper))
         jax.tree.map(np.testing.assert_array_equal, after, after_permuted)
         feedback = feedback_for(aligned, cohort, 0)
         shuffled = jax.tree.map(lambda rows: rows[order], (cohort, aligned, feedback))

@@ -160,6 +160,7 @@ def test_the_example_serves_a_client(tmp_path, known):
     assert [answer["probability"] for answer in found] == pytest.approx(jax.nn.softmax(logits).max(1).tolist(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_example_serves_texts_and_survives_what_is_no_example(tmp_path):
     letters = np.random.default_rng(0).integers(0, 3, (60, 7)).astype(np.int32)
     np.savez(tmp_path / "texts.npz", x=letters[:, :-1], y=letters[:, 1:], test_x=letters[:9, :-1], test_y=letters[:9, 1:])

@@ -102,15 +102,26 @@ def test_what_is_sent_arrives(engine):
 FAULTS = [into_the_next_expert, a_slot_lost, later_chunks_lost, a_client_counted_twice, clients_not_weighted]
 
 
-@pytest.mark.parametrize("engine", ["primal", "dual"])
-@pytest.mark.parametrize("fault", FAULTS)
+QUICK = {("primal", a_slot_lost), ("dual", into_the_next_expert), ("dual", a_client_counted_twice)}
+
+
+@pytest.mark.parametrize(
+    ("engine", "fault"),
+    [
+        pytest.param(engine, fault, marks=() if (engine, fault) in QUICK else pytest.mark.slow)
+        for engine in ("primal", "dual")
+        for fault in FAULTS
+    ],
+)
 def test_a_fault_is_seen(engine, fault, monkeypatch):
     fault(monkeypatch)
     assert not holds(engine)
 
 
-@pytest.mark.parametrize("engine", ["primal", "dual"])
-@pytest.mark.parametrize("of_experts", [True, False])
+@pytest.mark.parametrize(
+    ("engine", "of_experts"),
+    [("primal", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("dual", True), ("primal", False), ("dual", False)])],
+)
 def test_wrong_denominators_are_seen(engine, of_experts):
     assert not holds(engine, wrong_denominators(of_experts))
 
