@@ -149,6 +149,7 @@ def test_what_is_computed_again_stays_primal():
     assert [choice.name for choice in choices if choice.use] == ["1.embedding", "1.head.kernel"]
 
 
+@pytest.mark.slow
 def test_several_runs_side_by_side():
     """Under vmap over runs the weights that all clients share have an axis more."""
     data, alg = population(sizes=TWO_STEPS), algorithm(engine="dual")

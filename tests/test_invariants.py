@@ -183,7 +183,7 @@ def test_a_violation_names_invariant_and_round(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("stream", [None, 1])
+@pytest.mark.parametrize("stream", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_that_diverges_goes_back_and_takes_another_way(tmp_path, stream, monkeypatch):
     config = dataclasses.replace(CONFIG, rounds=6, eval_every=1, checkpoint_every=2, on_divergence="rollback", stream=stream)
     check, seen = divergence.check_finite, []

@@ -195,6 +195,7 @@ def test_full_and_personal_and_bfloat16_runs_stay_finite(changes):
         assert all(leaf.shape[0] == config.population for leaf in jax.tree.leaves(run.state.personal))
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_are_those_one_after_the_other():
     first = setup.build(QUICK)
     setups = [setup.variant(first, dataclasses.replace(QUICK, seed=seed)) for seed in (0, 1)]
