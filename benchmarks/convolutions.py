@@ -1,4 +1,4 @@
-"""Convolutions with a kernel for each client: XLA's grouped convolution against shifted images times a matrix.
+"""Convolutions with a kernel for each client: XLA's grouped convolution against shifted images times a matrix, as in `nn.Conv`.
 
     python benchmarks/convolutions.py > benchmarks/results/convolutions.jsonl
 
@@ -7,8 +7,11 @@ the matrix product takes.
 """
 
 import argparse
+import concurrent.futures
 import datetime
+import itertools
 import json
+import os
 import statistics
 import time
 
@@ -41,9 +44,9 @@ LAYERS = [
 SMALL = [(4, 4, 8, 1, 8, 1), (4, 4, 8, 16, 16, 2)]
 
 
-def milliseconds(layer, method, dtype, repeats):
-    """Median of the forward and backward pass, of kernels and inputs, of all clients at once."""
-    clients, examples, size, before, after, stride = layer
+def program(case):
+    """The forward and backward pass, of kernels and inputs, of all clients at once: compiled, and its arguments."""
+    (clients, examples, size, before, after, stride), dtype, method = case
     graph, _ = nnx.split(Conv(before, after, stride=stride, method=method, dtype=dtype, rngs=nnx.Rngs(0)))
     keys = jax.random.split(jax.random.key(0), clients)
     kernels = jax.vmap(lambda key: nnx.state(Conv(before, after, stride=stride, rngs=nnx.Rngs(key))))(keys)
@@ -54,11 +57,16 @@ def milliseconds(layer, method, dtype, repeats):
         gradient = jax.grad(lambda kernel, x: jnp.sum(jnp.sin(nnx.merge(graph, kernel)(x)), dtype=jnp.float32), argnums=(0, 1))
         return jax.vmap(gradient)(kernels, x)
 
-    jax.block_until_ready(both(kernels, x))
+    return both.lower(kernels, x).compile(), (kernels, x)
+
+
+def milliseconds(compiled, given, repeats):
+    """Median time."""
+    jax.block_until_ready(compiled(*given))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(both(kernels, x))
+        jax.block_until_ready(compiled(*given))
         times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times)
 
@@ -70,12 +78,14 @@ def main():
     arguments = parser.parse_args()
     about = environment()
     about = dict(device=about["device"], versions=about["versions"], date=datetime.date.today().isoformat())
-    for layer in SMALL if arguments.small else LAYERS:
-        for dtype in (jnp.float32, jnp.bfloat16):
-            ours, grouped = (milliseconds(layer, method, dtype, arguments.repeats) for method in ("matmul", "convolution"))
-            case = f"{'x'.join(map(str, layer))}, {dtype.__name__}"
-            figure = dict(bench="convolutions", case=case, metric="matmul", value=ours, unit="ms", against=f"convolution, {grouped:.3f} ms")
-            print(json.dumps(figure | dict(ratio=ours / grouped) | about), flush=True)
+    pairs = list(itertools.product(SMALL if arguments.small else LAYERS, (jnp.float32, jnp.bfloat16)))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        programs = list(pool.map(program, [(*pair, method) for pair in pairs for method in ("matmul", "convolution")]))
+    for (layer, dtype), *both in zip(pairs, programs[::2], programs[1::2], strict=True):
+        ours, grouped = (milliseconds(*each, arguments.repeats) for each in both)
+        case = f"{'x'.join(map(str, layer))}, {dtype.__name__}"
+        figure = dict(bench="convolutions", case=case, metric="matmul", value=ours, unit="ms", against=f"convolution, {grouped:.3f} ms")
+        print(json.dumps(figure | dict(ratio=ours / grouped) | about), flush=True)
 
 
 if __name__ == "__main__":

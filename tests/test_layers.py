@@ -11,6 +11,7 @@ from flax import nnx
 from fedmoe_jax.base import Batch
 from fedmoe_jax.models.losses import balanced_softmax, cross_entropy
 from fedmoe_jax.nn.attention import Attention, rotate
+from fedmoe_jax.nn.convolution import convolve
 from fedmoe_jax.nn.linear import Conv, GroupNorm, RMSNorm
 
 LENGTH = 7
@@ -102,6 +103,24 @@ def test_conv_equals_lax(stride, size, method):
         Conv(1, 1, method="fft", rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("stride", "size"), [(1, (5, 6)), (2, (5, 6)), (2, (8, 7))])
+def test_gradient_of_a_kernel_for_each_client_is_that_of_xla(stride, size, dtype):
+    def lax(x, kernel):
+        shape = dict(window_strides=(stride, stride), padding=((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), **shape)
+
+    def gradients(convolved):
+        of_one = jax.grad(lambda x, kernel: jnp.sin(convolved(x, kernel).astype(jnp.float32)).sum(), argnums=(0, 1))
+        return jax.jit(jax.vmap(of_one))(x, kernel)
+
+    x = jax.random.normal(jax.random.key(0), (2, 3, *size, 4)).astype(dtype)
+    kernel = jax.random.normal(jax.random.key(1), (2, 3, 3, 4, 5))
+    for found, expected in zip(gradients(lambda x, kernel: convolve(x, kernel, stride)), gradients(lax), strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (found, expected)), atol=1e-4 if dtype == jnp.float32 else 0.3)
+
+
 def test_conv_is_convolved_only_where_that_is_quicker(monkeypatch):
     def is_convolved(size, out, stride=1, dtype=jnp.bfloat16):
         conv = Conv(4, out, stride=stride, dtype=dtype, rngs=nnx.Rngs(0))
@@ -111,8 +130,8 @@ def test_conv_is_convolved_only_where_that_is_quicker(monkeypatch):
 
     assert not is_convolved(16, 4)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert is_convolved(16, 4)
-    assert not any((is_convolved(15, 4), is_convolved(16, 8), is_convolved(16, 4, stride=2), is_convolved(16, 4, dtype=jnp.float32)))
+    assert is_convolved(16, 4) and is_convolved(16, 4, dtype=jnp.float32)
+    assert not any((is_convolved(15, 4), is_convolved(16, 8), is_convolved(16, 4, stride=2)))
 
 
 def test_norms_equal_numpy():

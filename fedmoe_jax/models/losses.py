@@ -85,4 +85,5 @@ def augment(key: Key[Array, ""], x: Shaped[Array, "example *shape"]) -> Shaped[A
         image = jax.lax.dynamic_slice(image, (*start, *(0,) * (x.ndim - 3)), x.shape[1:])
         return jnp.where(mirrored, image[:, ::-1], image)
 
-    return jax.vmap(one)(padded, jax.random.bernoulli(mirror, shape=(len(x),)), *starts)
+    # Else XLA looks up each image anew for each of the nine shifts of a convolution.
+    return jax.lax.optimization_barrier(jax.vmap(one)(padded, jax.random.bernoulli(mirror, shape=(len(x),)), *starts))

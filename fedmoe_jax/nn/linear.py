@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, Shaped
 
 from fedmoe_jax.kernels import matmul
+from fedmoe_jax.nn.convolution import convolve, patches
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "fan_in", "scale"))
@@ -54,8 +55,8 @@ class Conv(nnx.Module):
       in_features, out_features: channels.
       stride: between positions of the output.
       method: "matmul", the nine shifts of the image times one matrix, which is all that the dual engine takes; "convolution",
-        XLA's; or "auto", the latter where it was the quicker on an H200: on a GPU, in bfloat16, with as many channels out as in,
-        without stride, and on images of 16 x 16 or more.
+        XLA's, but for the gradient of the kernel (`convolution.convolve`); or "auto", the latter where it was the quicker on an
+        H200: on a GPU, with as many channels out as in, without stride, and on images of 16 x 16 or more.
       dtype: what it computes in, by default that of x.
 
     Raises:
@@ -83,20 +84,15 @@ class Conv(nnx.Module):
         """The output has ceil(height / stride) rows and ceil(width / stride) columns."""
         if self.method == "convolution" or (self.method == "auto" and self._is_quicker_convolved(x)):
             return self._convolved(x)
-        height, width = x.shape[1:3]
-        padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifts = [padded[:, i : i + height : self.stride, j : j + width : self.stride] for i in range(3) for j in range(3)]
-        return self.linear(jnp.concatenate(shifts, -1))
+        return self.linear(patches(x, self.stride))
 
     def _is_quicker_convolved(self, x):
-        dtype = x.dtype if self.linear.dtype is None else self.linear.dtype
         alike = self.stride == 1 and self.shape[2] == self.shape[3] and min(x.shape[1:3]) >= 16
-        return jax.default_backend() == "gpu" and dtype == jnp.bfloat16 and alike
+        return jax.default_backend() == "gpu" and alike
 
     def _convolved(self, x):
         x = x if self.linear.dtype is None else x.astype(self.linear.dtype)
-        kernel = self.linear.kernel.get_value().reshape(self.shape).astype(x.dtype)
-        return jax.lax.conv_general_dilated(x, kernel, (self.stride,) * 2, ((1, 1),) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return convolve(x, self.linear.kernel.get_value().reshape(self.shape), self.stride)
 
 
 class RMSNorm(nnx.Module):
