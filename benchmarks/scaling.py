@@ -51,7 +51,7 @@ def wide(cohort, small):
     return data, model, loss, options | dict(local_epochs=1, solo_examples=16)
 
 
-CASES = {"mlp": (mlp, 1024, 64), "wide": (wide, 256, 16)}
+CASES = {"wide": (wide, 256, 16), "mlp": (mlp, 1024, 64)}
 
 
 class Side:

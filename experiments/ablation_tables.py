@@ -8,6 +8,7 @@ from experiments.outcome import BASE, GLOBAL, OURS, PAPER, PLAIN, PRIOR
 
 UNCHANGED = "unchanged"
 PROBES = "+three_probes"
+FULL = "full"
 RIVALS = (BASE, "load_only", PAPER)
 MODELS = {
     f"{BASE}, global": (BASE, GLOBAL),
@@ -117,6 +118,26 @@ def longer(cells, changed):
             ]
             rows.append([f"{_kind(cells[cell])}, {_code(name.partition('+')[2])}", *each[0], *each[1]])
     head = ["cell", BASE, OURS, "difference", f"{BASE}, clients, prior", f"{OURS}, clients, prior", "difference"]
+    return outcome.table(head, rows) if rows else NONE
+
+
+def wide(changed):
+    """A row for each long run of a wide network: `balanced`, `full` and what FLEX-MoE reports."""
+    head = ["cell", "rounds", "FLEX-MoE", OURS, FULL, "difference", *(f"{name}, clients, prior" for name in (OURS, FULL)), "difference"]
+    head += [f"MB, {OURS}", f"MB, {FULL}"]
+    rows = []
+    for name, reported in plan.WIDE.items():
+        if name not in changed:
+            continue
+        runs = _paired(name, changed[name]["runs"], changed[name]["runs"][OURS], FULL)
+        both = [runs[OURS], runs[FULL]]
+        reached = [
+            text
+            for metric in (GLOBAL, PRIOR)
+            for text in (*(outcome.accuracy(seeds, metric) for seeds in both), outcome.gain(*both, metric))
+        ]
+        sent = [f"{np.mean([run['bytes'][-1] for run in seeds]) / 1e6:.0f}" for seeds in both]
+        rows.append([_kind(changed[name]), str(changed[name]["config"]["rounds"]), f"{reported:.1f}", *reached, *sent])
     return outcome.table(head, rows) if rows else NONE
 
 

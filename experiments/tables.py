@@ -27,6 +27,7 @@ def rendered(cells, changed, compressed):
             "global model": ablation_tables.best_models(cells, changed),
             "faster": ablation_tables.faster(cells, changed),
             "longer": ablation_tables.longer(cells, changed),
+            "wide": ablation_tables.wide(changed),
             "fallback": ablation_tables.fallback(cells, changed),
             "communication": communication_tables.savings(compressed),
         },

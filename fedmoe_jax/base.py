@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform, runt
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from fedmoe_jax import devices
@@ -28,6 +29,7 @@ from fedmoe_jax import devices
 NO_EXPERT = -1
 """What `Alignment.held` and `Alignment.probed` contain in an empty slot."""
 
+Number = Float[Array, ""] | np.float32 | float  # NumPy's where it is known while a program is traced
 _T = TypeVar("_T")
 
 
@@ -118,24 +120,23 @@ class ClientProfile:
 class RoundCost:
     """What one round costs a client: a part for the shared parameters and a part for each expert, one of every group.
 
-    Bytes are what comes down the link, and goes up where that is not told apart; memory covers parameters, gradients, optimizer state
-    and activations; FLOPs are those of one example through forward and backward pass, and for solo evaluation those of the forward
-    passes of a whole round, for each expert that is tried alone. A report, with router "statistics", is what travels up beside each
-    expert; its FLOPs are those of a round and a client that holds as many experts as it may.
+    Bytes are what comes down the link, and goes up where that is not told apart; memory is of parameters, gradients, optimizer state and
+    activations; FLOPs are one example's, forward and backward, for solo evaluation a round's forward passes of each expert tried alone.
+    A report, with router "statistics", travels up beside each expert; its FLOPs are a round's, of a client with all the experts it may hold.
     """
 
-    shared_bytes: Float[Array, ""]
-    expert_bytes: Float[Array, ""]
-    shared_memory: Float[Array, ""]
-    expert_memory: Float[Array, ""]
-    shared_flops: Float[Array, ""]
-    expert_flops: Float[Array, ""]
-    solo_shared_flops: Float[Array, ""]
-    solo_expert_flops: Float[Array, ""]
-    report_bytes: Float[Array, ""] | float = 0.0
-    report_flops: Float[Array, ""] | float = 0.0
-    shared_bytes_up: Float[Array, ""] | None = None
-    expert_bytes_up: Float[Array, ""] | None = None
+    shared_bytes: Number
+    expert_bytes: Number
+    shared_memory: Number
+    expert_memory: Number
+    shared_flops: Number
+    expert_flops: Number
+    solo_shared_flops: Number
+    solo_expert_flops: Number
+    report_bytes: Number = 0.0
+    report_flops: Number = 0.0
+    shared_bytes_up: Number | None = None
+    expert_bytes_up: Number | None = None
 
     @property
     def up(self) -> tuple[Any, Any]:

@@ -124,7 +124,8 @@ def federated_moe(
         arrives late is lost.
       conditions: who can be reached and how fast clients really are; default `conditions.steady()`.
       solo_examples: examples of the solo evaluation, 0 for none; `batch_size` if None.
-      chunk_size: clients trained side by side on a device; all of the cohort if None. Changes results by rounding only.
+      chunk_size: clients trained side by side on a device; if None all of the cohort, on a CPU as many as its cache holds. Changes
+        results by rounding only.
       engine: how clients train. "primal" gives each its own copy of the weights, "dual" none of a kernel's (see `local.dual`,
         for optimizers that are linear), "auto" whichever is predicted to cost less for each kernel. Changes results by rounding only.
       aggregator: of the clients' updates, `aggregation.mean()` if None; a chain that compresses them is trained with the primal engine.
@@ -160,7 +161,7 @@ def federated_moe(
     arguments.check_room(aggregator, parts, cohort_size, aligner.max_slots, personal_budget_bytes)
     trainer = Trainer(
         parts, loss_fn, client_optimizer, batch_size, local_epochs, local_steps, primal.pulls(parts, prox, prox_on), router == "personal",
-        batch_size if solo_examples is None else solo_examples, min(chunk_size or cohort_size, cohort_size), aggregator,
+        batch_size if solo_examples is None else solo_examples, chunk_size, aggregator,
         aligner.max_slots, aligner.probes, used, control_variates, STATISTICS_BATCHES * batch_size if router == "statistics" else 0,
         broadcast, reject_above, mesh, check and aggregator.law is not None,
     )  # fmt: skip
@@ -231,7 +232,7 @@ def federated_moe(
         taken = slowdown * opening.planned
         trainees = dataclasses.replace(opening.cohort, present=opening.cohort.present & (taken <= limit))
         arrived = _arrived(broadcast, state)
-        outcome = trainer.train(opening.key, arrived, population, trainees, opening.alignment, opening.prior)
+        outcome = trainer.train(opening.key, arrived, population, trainees, opening.alignment, opening.prior, opening.cost)
         return finish(state, opening, trainees, taken, opening.cohort.present, outcome)
 
     def explain(population: Population) -> tuple[plan.Choice, ...]:

@@ -119,6 +119,20 @@ def chunk(cohort_size, memory_bytes, probes=0):
     return plan.chunk_size(each, cohort_size=cohort_size, max_slots=2, probes=probes, memory_bytes=memory_bytes)
 
 
+def test_side_by_side_are_all_clients_but_what_the_cache_of_a_cpu_holds(monkeypatch):
+    sizes = dict(cohort_size=1000, max_slots=1, probes=0)
+    each = RoundCost(*map(np.float32, (0, 0, 1e5, 9e5, 0, 0, 0, 0)))
+    halved = [plan.Choice("w", None, 0.0, 0.0, "", saved) for saved in (2e5, 3e5)]
+    assert plan.side_by_side(None, each, (), **sizes) == 8
+    assert plan.side_by_side(None, each, tuple(halved), **sizes) == 16
+    assert plan.side_by_side(20, each, (), **sizes) == 20
+    assert plan.side_by_side(2000, each, (), **sizes) == 1000
+    assert plan.room(1e12) == plan.CACHE_BYTES and plan.room(1e3) == 1e3
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert plan.side_by_side(None, each, (), **sizes) == 1000
+    assert plan.room(1e12) == 1e12
+
+
 def test_chunk_size_fits_the_memory_and_splits_evenly():
     assert chunk(10, 1e12) == 10
     assert chunk(10, 0.0) == 1

@@ -11,6 +11,7 @@ from small_round import BATCH, CLIENTS, EXPERTS, KEY, SIZES, algorithm, aligner,
 
 from fedmoe_jax import alignment, partition, rounds, sampling
 from fedmoe_jax.base import client_keys, stage_key
+from fedmoe_jax.local import plan
 from fedmoe_jax.local.cost import count_flops, round_cost
 from fedmoe_jax.local.primal import local_batch
 from fedmoe_jax.models.losses import cross_entropy
@@ -110,6 +111,16 @@ def test_chunks_change_nothing_but_rounding(name, router):
     options = dict(aligner=aligner(name), router=router, router_prior=0.5, solo_examples=BATCH)
     whole, chunked = (run(algorithm(chunk_size=size, **options), data, 2) for size in (None, 3))
     close(whole, chunked, atol=1e-5)
+
+
+def test_on_a_cpu_clients_train_in_chunks_that_its_cache_holds(monkeypatch):
+    found, plain = [], plan.side_by_side
+    monkeypatch.setattr(plan, "side_by_side", lambda *args, **sizes: found.append(plain(*args, **sizes)) or found[-1])
+    data = population()
+    whole = run(algorithm(), data, 2)
+    monkeypatch.setattr(plan, "CACHE_BYTES", 0.0)
+    close(run(algorithm(), data, 2), whole, atol=1e-5)
+    assert set(found[:1] + found[-1:]) == {5, 1}
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ class Trainer(NamedTuple):
     prox: tuple[float, ...]
     personal: bool
     solo_examples: int
-    chunk_size: int
+    chunk_size: int | None
     aggregator: Aggregator
     max_slots: int
     probes: int
@@ -102,8 +102,8 @@ class Trainer(NamedTuple):
         """Examples that a client with `owned` examples processes in a round."""
         return primal.num_processed(owned, batch_size=self.batch_size, local_epochs=self.local_epochs, local_steps=self.local_steps)
 
-    def train(self, key, state, population, cohort: Cohort, alignment: Alignment, prior) -> Any:
-        """Trains the cohort.
+    def train(self, key, state, population, cohort: Cohort, alignment: Alignment, prior, cost: RoundCost) -> Any:
+        """Trains the cohort, whose numbers of clients side by side follow from the `cost` of a client where they are not set.
 
         Returns:
           (expert deltas, shared deltas), what each client added to its own router rows [client, slot, ...] (None when they are
@@ -111,7 +111,10 @@ class Trainer(NamedTuple):
           Feedback, (mean training loss, rejected updates), with `check` the `mass.Mass` of what each client sent.
         """
         size, devices = cohort.client.shape[0], 1 if self.mesh is None else self.mesh.size
-        chunk = devices * min(self.chunk_size, -(-size // devices))
+        choices = () if self.engine == "primal" else self.plan(population)
+        uses = tuple(choice.use for choice in choices) or self._untouched()
+        sizes = dict(cohort_size=-(-size // devices), max_slots=self.max_slots, probes=self.probes)
+        chunk = devices * plan.side_by_side(self.chunk_size, cost, choices, **sizes)
         chunks = -(-size // chunk)
         order = jnp.arange(size)
         if chunks > 1:  # clients of like size side by side wait less for each other
@@ -125,7 +128,7 @@ class Trainer(NamedTuple):
         if self.aggregator.collects:
             room = chunks * chunk, alignment.held.shape[1] // len(groups(state.experts))
         scan = functools.partial(self.scan, key=noise) if self.mesh is None else functools.partial(spread.train, self)
-        delta, kept, out = scan(state, population, rows, kept, room, self.uses(population))
+        delta, kept, out = scan(state, population, rows, kept, room, uses)
         feedback, routers, loss, rejected, masses = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][jnp.argsort(order)], out)
         feedback = Feedback(*feedback)
         examples = feedback.examples
@@ -147,10 +150,9 @@ class Trainer(NamedTuple):
           Deltas of (experts, shared), feedback by the names of `base.Feedback`, mean training loss, rejected; none has a client axis.
           Deltas that are rejected are zero.
         """
-        uses: Any = (None,) * len(jax.tree.leaves((self.parts.experts, self.parts.shared)))
         every = _received(held[None], probed[None], len(groups(self.parts.experts)))[0]
         row = key, client, client, jnp.bool_(True), held, every, every, prior
-        (shared, experts, *_), feedback, loss, rejected, *_ = self._client(received, population, uses, None, *row)
+        (shared, experts, *_), feedback, loss, rejected, *_ = self._client(received, population, self._untouched(), None, *row)
         names = (field.name for field in dataclasses.fields(Feedback))
         return (experts, shared), dict(zip(names, feedback, strict=True)), loss, rejected
 
@@ -177,11 +179,8 @@ class Trainer(NamedTuple):
             choices = plan.without_dual_experts(choices, len(jax.tree.leaves(self.parts.experts)))
         return choices
 
-    def uses(self, population: Population) -> tuple[dual.Use | None, ...]:
-        """How the dual engine uses each weight, None for those that it does not train."""
-        if self.engine == "primal":
-            return (None,) * len(jax.tree.leaves((self.parts.experts, self.parts.shared)))
-        return tuple(choice.use for choice in self.plan(population))
+    def _untouched(self) -> tuple[None, ...]:
+        return (None,) * len(jax.tree.leaves((self.parts.experts, self.parts.shared)))
 
     def _chunk_function(self, state, population, uses, links: spread.Links, start) -> Callable[[Any, Any], Any]:
         encoder, names = self.aggregator.encoder, groups(self.parts.experts)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.extend import core
@@ -150,7 +151,7 @@ def round_cost(
         flops_seen = count_flops(seen, held(max_slots), parts.shared, statistics_batch, jnp.ones(slots, bool), jnp.zeros(slots))
         report = sum(posterior.report_bytes(posterior.start(parts, statistics_batch), num_groups)), flops_seen
     numbers = (*travels(down), *memory, *_shared_and_each(flops), *alone, *report, *travels(up))
-    return RoundCost(*(jnp.float32(number) for number in numbers))
+    return RoundCost(*map(np.float32, numbers))
 
 
 def _shared_and_each(count: Callable[[int], int | float], first: int = 1) -> tuple[int | float, int | float]:

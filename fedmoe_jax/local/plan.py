@@ -22,6 +22,15 @@ MEMORY_SHARE = 0.5
 """Share of a device's total memory that the weights of a chunk may take; the rest is for data, state and temporaries."""
 
 
+CACHE_BYTES = 16e6
+"""Memory of which clients side by side on a CPU may take `MEMORY_SHARE`: those that its cache holds train quicker than more. A setting."""
+
+
+def room(memory_bytes: float) -> float:
+    """The memory to fill with clients side by side: that of the device, or the cache of a CPU."""
+    return min(memory_bytes, CACHE_BYTES) if jax.default_backend() == "cpu" else memory_bytes
+
+
 def chunk_size(cost: RoundCost, *, cohort_size: int, max_slots: int, probes: int, memory_bytes: float, saved: float = 0.0) -> int:
     """Clients whose weights, gradients, optimizer state and activations fit into the device at once.
 
@@ -37,6 +46,16 @@ def chunk_size(cost: RoundCost, *, cohort_size: int, max_slots: int, probes: int
     fitting = max(1, min(cohort_size, int(MEMORY_SHARE * memory_bytes / client)))
     chunks = -(-cohort_size // fitting)
     return -(-cohort_size // chunks)
+
+
+def side_by_side(
+    asked: int | None, cost: RoundCost, choices: tuple["Choice", ...], *, cohort_size: int, max_slots: int, probes: int
+) -> int:
+    """Clients that a device trains at once: as many as asked for, else all of them, or those that the cache of a CPU holds."""
+    if asked is not None or jax.default_backend() != "cpu":
+        return min(asked or cohort_size, cohort_size)
+    sizes = dict(cohort_size=cohort_size, max_slots=max_slots, probes=probes)
+    return chunk_size(cost, **sizes, memory_bytes=CACHE_BYTES, saved=sum((choice.saved for choice in choices), 0.0))
 
 
 def chosen(

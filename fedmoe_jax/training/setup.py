@@ -21,7 +21,7 @@ from fedmoe_jax.distributed import processes
 from fedmoe_jax.experts import Partition, groups, partition
 from fedmoe_jax.local.cohort import batch_shape
 from fedmoe_jax.local.cost import round_cost
-from fedmoe_jax.local.plan import chunk_size
+from fedmoe_jax.local.plan import chunk_size, room
 from fedmoe_jax.local.primal import num_processed
 from fedmoe_jax.round import STATISTICS_BATCHES, Algorithm, State, admit, federated_moe
 from fedmoe_jax.training import clients
@@ -150,9 +150,9 @@ class Setup:
         return self.fitting(memory_bytes) if self.config.chunk is None else min(self.config.chunk, self.config.cohort)
 
     def fitting(self, memory_bytes: float) -> int:
-        """Clients that train side by side in `memory_bytes`, at most the cohort or a device's share of it."""
+        """Clients that train side by side in `memory_bytes`, or the cache of a CPU, at most the cohort or a device's share of it."""
         saved = sum(choice.saved for choice in self.algorithm(self.config.cohort).plan(self.population))
-        return self._chunk(memory_bytes, saved)
+        return self._chunk(room(memory_bytes), saved)
 
     def copied(self, memory_bytes: float) -> int:
         """Clients that fit side by side where each has copies of all that it holds."""
