@@ -122,7 +122,7 @@ class RoundCost:
 
     Bytes are what comes down the link, and goes up where that is not told apart; memory is of parameters, gradients, optimizer state and
     activations; FLOPs are one example's, forward and backward, for solo evaluation a round's forward passes of each expert tried alone.
-    A report, with router "statistics", travels up beside each expert; its FLOPs are a round's, of a client with all the experts it may hold.
+    A report, with router "statistics", travels up beside each expert; its FLOPs are a round's, of a client with all experts it may hold.
     """
 
     shared_bytes: Number

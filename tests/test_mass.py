@@ -31,7 +31,7 @@ def holds(engine, aggregator=None, data=None, **options):
 
     @jax.jit
     def run(state):
-        delta, _, _, feedback, _, masses = trainer.train(KEY, state, data, COHORT, alignment, jnp.zeros(held.shape))
+        delta, _, _, feedback, _, masses = trainer.train(KEY, state, data, COHORT, alignment, jnp.zeros(held.shape), trainer.cost(data, 0))
         return mass.conserved(trainer.aggregator.law, masses, delta, held, feedback, state.round)
 
     return bool(run(made.init(KEY, data)))
