@@ -1,37 +1,43 @@
 """Nearly optimal prices of experts, by Newton's method on the smoothed dual of the transportation problem."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from fedmoe_jax.alignment import flow
 from fedmoe_jax.alignment.flow import Problem
 
 _SHRINK = 10.0**-0.5
-_SMOOTHING = tuple(0.1 * _SHRINK**level for level in range(13))  # relative to the range of values
+_SMOOTHING = tuple(0.1 * _SHRINK**level for level in range(1, 13))  # relative to the range of values
+_LATER = 2  # where to begin among them with prices that are nearly right
 _PARTLY = 8.0  # smoothings: below such a price an expert is not quite full, to within a client in 3,000
 _NEWTON_STEPS = 10  # at most, for each smoothing
 
 
-def prices(problem: Problem, start: Int[Array, " expert"]) -> Int[Array, " expert"]:
+def prices(problem: Problem, start: Int[Array, " expert"], near: Bool[Array, ""]) -> Int[Array, " expert"]:
     """Nearly optimal prices: those of a problem in which clients waver within `smoothing` of their threshold.
 
     A client holds sigmoid((value - price - threshold) / smoothing) of an expert, its threshold being such that it fills
     its slots; an expert has lower + (upper - lower) sigmoid(price / smoothing) clients. Newton's method solves for
     prices and thresholds, eliminating the thresholds, while the smoothing shrinks. Floats hold only what is left of them
     beside integers, so that the last smoothings are not lost in rounding.
+
+    Args:
+      start: where to begin, with less smoothing, if these are `near` to the best prices; else it begins from none.
     """
-    start = jnp.clip(start, -problem.steps, problem.steps)
+    start = jnp.where(near, jnp.clip(start, -problem.steps, problem.steps), 0)
+    smoothing, first = jnp.array(_SMOOTHING, jnp.float32), jnp.where(near, _LATER, 0)
     value = jnp.where(problem.allowed, problem.value, -flow.FAR)
     worth = value - start[:, None]
     least = jnp.where(problem.slots > 0, flow.least(worth, problem.slots), worth.max(axis=0))
     thresholds = jnp.maximum(least, -4 * problem.steps)  # nothing is allowed: as good as never
-    ahead = jnp.zeros(start.shape), jnp.where(problem.slots > 0, -0.5, 1.0) * _SMOOTHING[0]
-    level = functools.partial(_level, problem, value)
-    (whole, _, _), _ = lax.scan(level, ((start, thresholds), ahead, ahead), jnp.array(_SMOOTHING, jnp.float32))
+    ahead = jnp.zeros(start.shape), jnp.where(problem.slots > 0, -0.5, 1.0) * smoothing[first]
+
+    def level(number, carry):
+        return _level(problem, value, carry, smoothing[number])
+
+    whole, _, _ = lax.fori_loop(first, len(_SMOOTHING), level, ((start, thresholds), ahead, ahead))
     free = (problem.lower < problem.upper) & (jnp.abs(whole[0]) < _PARTLY * _SMOOTHING[-1] * problem.steps)
     return jnp.where(free, 0, whole[0])
 
@@ -71,4 +77,4 @@ def _level(problem: Problem, value: Int[Array, "expert client"], carry, smoothin
     new = lax.while_loop(unsettled, step, (*ahead, jnp.inf, 0))[:2]
     rounded = jax.tree.map(lambda x: jnp.round(x * problem.steps).astype(jnp.int32), new)
     new, now = (jax.tree.map(lambda x, n: x - n / problem.steps, part, rounded) for part in (new, now))
-    return (jax.tree.map(jnp.add, whole, rounded), new, now), None
+    return jax.tree.map(jnp.add, whole, rounded), new, now

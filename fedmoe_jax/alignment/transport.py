@@ -13,6 +13,7 @@ from fedmoe_jax.alignment import flow, newton
 from fedmoe_jax.alignment.repair import repair
 
 _FEW = 0.5  # moving so few clients, for each expert, takes less time than Newton's method
+_NEAR = 8  # prices that leave less than one in so many slots too many are worth to start Newton's method from
 
 
 def solve(problem: flow.Problem, prices: Float[Array, " expert"]) -> tuple[Bool[Array, "expert client"], Float[Array, " expert"]]:
@@ -45,16 +46,17 @@ def _optimum(problem: flow.Problem, prices: Int[Array, " expert"]) -> flow.Plan:
     first = jnp.where((prices != 0).any(), 0, 1)
 
     def attempt(state):
-        _, count = state
+        _, count, near = state
         tried = jnp.where(count == 0, prices, 0)
-        tried = flow.apply_if(count == 2, lambda _: newton.prices(problem, prices), tried)
-        return flow.plan_at(problem, tried), count + 1
+        tried = flow.apply_if(count == 2, lambda _: newton.prices(problem, prices, near), tried)
+        plan = flow.plan_at(problem, tried)
+        return plan, count + 1, jnp.where(count == 0, _NEAR * flow.surplus(plan) < problem.slots.sum(), near)
 
     def unfit(state):
-        plan, count = state
+        plan, count, _ = state
         return (count == first) | ((count < 3) & (flow.surplus(plan) > few))
 
     few = _FEW * problem.value.shape[0]
     none = flow.Plan(jnp.zeros(problem.value.shape, bool), prices, jnp.zeros(problem.value.shape[0] + 1, jnp.int32))
-    plan, _ = lax.while_loop(unfit, attempt, (none, first))
+    plan, *_ = lax.while_loop(unfit, attempt, (none, first, jnp.bool_(False)))
     return repair(problem, plan)
