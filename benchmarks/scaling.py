@@ -62,7 +62,9 @@ class Side:
         self.mesh, self.cohort, self.largest = fm.distributed.mesh(*shape), cohort, data.max_examples
         self.example_bytes = (data.x.nbytes + data.y.nbytes) / len(data.x)
         data = fm.distributed.place(data, self.mesh)
-        algorithm = fm.federated_moe(model, loss, server_optimizer=optax.sgd(1.0), engine="auto", mesh=self.mesh, **options)
+        algorithm = fm.federated_moe(
+            model, loss, server_optimizer=optax.sgd(1.0), engine="auto", mesh=self.mesh, chunk_size=cohort, **options
+        )
         self.data, self.state, self.candidates = data, algorithm.init(jax.random.key(0), data), options["aligner"]
         self.candidates = self.candidates.max_slots + self.candidates.probes
         self.lowered = fm.rounds(algorithm.step, ROUNDS).lower(self.state, data, ROUNDS)

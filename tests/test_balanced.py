@@ -8,7 +8,7 @@ from assignments import CLIENTS, EXPERTS, FAMILIES, best, bounds, check, family,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_jax.alignment import assign, repair
+from fedmoe_jax.alignment import assign, flow, newton, repair
 
 
 def value(mask, fitness):
@@ -58,6 +58,37 @@ def test_a_warm_start_does_not_change_the_quality():
     for prices in [info.prices, 100 * info.prices, jnp.full(EXPERTS, jnp.nan), jnp.full(EXPERTS, -jnp.inf)]:
         again, info = assign.balanced(fitness, slots, lower, upper, prices=prices, return_info=True)
         assert abs(value(again, fitness) - value(mask, fitness)) < 1e-3 and int(info.violation) == 0
+
+
+@pytest.mark.parametrize("name", ["popular", "groups"])
+def test_prices_of_other_clients_serve_and_bad_ones_do_no_harm(name):
+    rng = np.random.default_rng(0)
+    fitness, slots = jnp.array(family(name, 600, 16, rng)), jnp.full(300, 2)
+    lower, upper = jnp.full(16, 34), jnp.full(16, 41)
+    _, info = assign.balanced(fitness[300:], slots, lower, upper, return_info=True)
+    starts = jnp.stack([0 * info.prices, info.prices, info.prices + 0.5, -info.prices, 1e3 * info.prices])
+
+    def solve(prices):
+        return assign.balanced(fitness[:300], slots, lower, upper, prices=prices, return_info=True)
+
+    masks, found = jax.jit(jax.vmap(solve))(starts)
+    assert not found.violation.any()
+    for prices, mask in zip(starts, masks, strict=True):
+        np.testing.assert_array_equal(mask, solve(prices)[0])
+        assert value(mask, fitness[:300]) == pytest.approx(value(masks[0], fitness[:300]), rel=1e-5)
+
+
+def test_newtons_method_takes_fewer_steps_from_prices_that_are_right(monkeypatch):
+    steps, plain = [], newton.jax.scipy.linalg.solve
+    monkeypatch.setattr(newton.jax.scipy.linalg, "solve", lambda *args, **options: steps.append(0) or plain(*args, **options))
+    value = jnp.array(family("popular", 300, 16, np.random.default_rng(0)).T * flow.STEPS / 2, jnp.int32)
+    problem = flow.Problem(value, jnp.ones(value.shape, bool), jnp.full(300, 2), jnp.full(16, 34), jnp.full(16, 41))
+    with jax.disable_jit():
+        right = newton.prices(problem, jnp.zeros(16, jnp.int32), jnp.bool_(False))
+        cold = len(steps)
+        again = newton.prices(problem, right, jnp.bool_(True))
+    assert len(steps) - cold < 0.9 * cold
+    assert all(flow.surplus(flow.plan_at(problem, prices)) <= 2 for prices in (right, again))
 
 
 def test_one_outlier_does_not_hide_the_differences_of_all_others():

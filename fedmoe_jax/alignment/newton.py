@@ -24,9 +24,9 @@ def prices(problem: Problem, start: Int[Array, " expert"], near: Bool[Array, ""]
     beside integers, so that the last smoothings are not lost in rounding.
 
     Args:
-      start: where to begin, with less smoothing, if these are `near` to the best prices; else it begins from none.
+      start: where to begin, with less smoothing, if these are `near` to the best prices and within `steps`; else it begins from none.
     """
-    start = jnp.where(near, jnp.clip(start, -problem.steps, problem.steps), 0)
+    start = jnp.where(near, start, 0)
     smoothing, first = jnp.array(_SMOOTHING, jnp.float32), jnp.where(near, _LATER, 0)
     value = jnp.where(problem.allowed, problem.value, -flow.FAR)
     worth = value - start[:, None]

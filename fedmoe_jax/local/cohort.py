@@ -103,7 +103,7 @@ class Trainer(NamedTuple):
         return primal.num_processed(owned, batch_size=self.batch_size, local_epochs=self.local_epochs, local_steps=self.local_steps)
 
     def train(self, key, state, population, cohort: Cohort, alignment: Alignment, prior, cost: RoundCost) -> Any:
-        """Trains the cohort, whose numbers of clients side by side follow from the `cost` of a client where they are not set.
+        """Trains the cohort, a client's `cost` telling how many at once where that is not set; it must be known while this is traced.
 
         Returns:
           (expert deltas, shared deltas), what each client added to its own router rows [client, slot, ...] (None when they are

@@ -16,20 +16,23 @@ def convolve(
     """x convolved with the kernel, zeros around it, in the dtype of x.
 
     XLA's gradient of a kernel for each client is one small convolution for each client on a GPU. Here it is one product of the shifted
-    images with the shifted gradients for all of them, accumulated in float32.
+    images with the shifted gradients for all of them, accumulated in float32. Gradients exist in reverse mode only.
     """
+    return _convolved(x, kernel, stride)
+
+
+def _convolved(x, kernel, stride):
     return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), (stride, stride), ((1, 1), (1, 1)), dimension_numbers=_LAYOUT)
 
 
 def _forward(x, kernel, stride):
-    return convolve(x, kernel, stride), (x, kernel)
+    return _convolved(x, kernel, stride), (x, kernel)
 
 
 def _backward(stride, saved, gradient):
     x, kernel = saved
     product = _of_kernel if stride == 1 else functools.partial(_of_strided_kernel, stride=stride)
-    (of_x,) = jax.vjp(lambda x: jax.lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), (stride, stride), ((1, 1), (1, 1)), dimension_numbers=_LAYOUT), x)[1](gradient)  # fmt: skip
+    (of_x,) = jax.vjp(lambda x: _convolved(x, kernel, stride), x)[1](gradient)
     return of_x, product(x, gradient).astype(kernel.dtype)
 
 

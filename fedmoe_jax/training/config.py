@@ -171,7 +171,7 @@ class TrainConfig:
     dtype: str = "float32"
     """Type of the computation: float32 or bfloat16."""
     chunk: int | None = None
-    """Clients trained at once on a device; chosen from the memory if not given."""
+    """Clients trained at once on a device; chosen from the memory, on a CPU from its cache, if not given."""
     devices: int | None = None
     """Devices that share the work of a round; 1 if not given, but all of those of several processes."""
     expert_devices: int = 1

@@ -146,7 +146,7 @@ class Setup:
         return admit(self.population, client, cost, self.aligner, deadline=config.deadline, examples=examples, pace=pace)[0]
 
     def chunk(self, memory_bytes: float) -> int:
-        """The configured chunk, or the one that fits into `memory_bytes` of a device."""
+        """The configured chunk, or the one that `fitting` gives."""
         return self.fitting(memory_bytes) if self.config.chunk is None else min(self.config.chunk, self.config.cohort)
 
     def fitting(self, memory_bytes: float) -> int:
