@@ -234,6 +234,7 @@ def combine(
     weight: Float[Array, "*slots"],
     num_experts: int,
     names: tuple[str | None, ...] | None = None,
+    onto: PyTree | None = None,
 ) -> PyTree[Float[Array, "expert ..."]]:
     """The inverse of `gather`: for each expert the sum over the slots that hold it, times `weight`. Empty slots are lost.
 
@@ -241,19 +242,21 @@ def combine(
       slots: weights of the slots, of all clients or one. A bare array of [client, slot, ...] has the slots of all groups.
       num_experts: E, or for bare arrays the experts of all groups.
       names: all groups, where `slots` lacks some of them.
+      onto: sums to add to, of all experts; experts that no slot holds are then not touched.
     """
 
-    def one(rows, values):
+    def one(rows, values, *onto):
         held, weight = rows
         place = jnp.where(held == NO_EXPERT, num_experts, held % num_experts)
         if kernels.is_dual(values):
-            return kernels.expert_sum(values, place, weight, num_experts)
+            return sum(onto, kernels.expert_sum(values, place, weight, num_experts))
         bucket = place.reshape(-1)
         values = values * weight.reshape(weight.shape + (1,) * (values.ndim - weight.ndim))
         flat = values.reshape(bucket.shape[0], *values.shape[held.ndim :])
-        return jax.ops.segment_sum(flat, bucket, num_segments=num_experts + 1)[:-1]
+        (start,) = onto or (jnp.zeros((num_experts, *flat.shape[1:]), flat.dtype),)
+        return start.at[bucket].add(flat, mode="drop")
 
-    return map_groups(one, groups(slots) if names is None else names, (held, weight), slots)
+    return map_groups(one, groups(slots) if names is None else names, (held, weight), slots, *([] if onto is None else [onto]))
 
 
 def held_mask(held: Int[Array, "client slot"], num_experts: int) -> Bool[Array, "client expert"]:

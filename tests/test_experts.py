@@ -113,6 +113,9 @@ def test_gather_combine_and_mask_match_loops(held, seed):
     combined = combine(jax.tree.map(jnp.asarray, slots), jnp.asarray(held), jnp.asarray(weight), EXPERTS)
     for name in tree:
         np.testing.assert_allclose(combined[name], total[name], rtol=1e-5, atol=1e-5)
+    added = combine(jax.tree.map(jnp.asarray, slots), jnp.asarray(held), jnp.asarray(weight), EXPERTS, onto=jax.tree.map(jnp.asarray, tree))
+    for name in tree:
+        np.testing.assert_allclose(added[name], tree[name] + total[name], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(held_mask(jnp.asarray(held), EXPERTS), mask)
 
 

@@ -38,8 +38,8 @@ def holds(engine, aggregator=None, data=None, **options):
 
 
 def into_the_next_expert(monkeypatch):
-    def wrong(slots, held, weight, num_experts):
-        return combine(slots, jnp.where(held == NO_EXPERT, held, held + 1), weight, num_experts)
+    def wrong(slots, held, weight, num_experts, **options):
+        return combine(slots, jnp.where(held == NO_EXPERT, held, held + 1), weight, num_experts, **options)
 
     monkeypatch.setattr(MEAN, "combine", wrong)
 
@@ -47,9 +47,9 @@ def into_the_next_expert(monkeypatch):
 def a_slot_lost(monkeypatch):
     """Its delta, but not its weight."""
 
-    def wrong(slots, held, weight, num_experts):
+    def wrong(slots, held, weight, num_experts, **options):
         held = held if isinstance(slots, jax.Array) else held.at[:, 1].set(NO_EXPERT)
-        return combine(slots, held, weight, num_experts)
+        return combine(slots, held, weight, num_experts, **options)
 
     monkeypatch.setattr(MEAN, "combine", wrong)
 

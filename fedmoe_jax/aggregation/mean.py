@@ -40,9 +40,9 @@ def mean(*, agreement: float = 0.0) -> Aggregator:
         each = update.examples.astype(jnp.float32)
 
         def plus(sums, deltas):
-            experts = combine(deltas[0], update.held, weight, tokens.shape[0] // len(groups(sums[0])))
+            experts = combine(deltas[0], update.held, weight, tokens.shape[0] // len(groups(sums[0])), onto=sums[0])
             shared = jax.tree.map(lambda a, delta: a + kernels.shared_sum(delta, each), sums[1], deltas[1])
-            return jax.tree.map(jnp.add, sums[0], experts), shared
+            return experts, shared
 
         deltas = update.experts, update.shared
         counted = combine(jnp.ones_like(weight), update.held, weight, tokens.shape[0])
