@@ -43,7 +43,7 @@ def chunk_size(cost: RoundCost, *, cohort_size: int, max_slots: int, probes: int
       1 to cohort_size; chunks are made about equal, so that the last one is not nearly empty.
     """
     client = max(float(cost.shared_memory) + (max_slots + probes) * float(cost.expert_memory) - saved, 1.0)
-    fitting = max(1, min(cohort_size, int(MEMORY_SHARE * memory_bytes / client)))
+    fitting = max(1, int(min(cohort_size, MEMORY_SHARE * memory_bytes / client)))
     chunks = -(-cohort_size // fitting)
     return -(-cohort_size // chunks)
 
@@ -52,10 +52,10 @@ def side_by_side(
     asked: int | None, cost: RoundCost, choices: tuple["Choice", ...], *, cohort_size: int, max_slots: int, probes: int
 ) -> int:
     """Clients that a device trains at once: as many as asked for, else all of them, or those that the cache of a CPU holds."""
-    if asked is not None or jax.default_backend() != "cpu":
-        return min(asked or cohort_size, cohort_size)
+    if asked is not None:
+        return min(asked, cohort_size)
     sizes = dict(cohort_size=cohort_size, max_slots=max_slots, probes=probes)
-    return chunk_size(cost, **sizes, memory_bytes=CACHE_BYTES, saved=sum((choice.saved for choice in choices), 0.0))
+    return chunk_size(cost, **sizes, memory_bytes=room(math.inf), saved=sum((choice.saved for choice in choices), 0.0))
 
 
 def chosen(
