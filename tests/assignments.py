@@ -31,13 +31,14 @@ def family(name, clients, experts, rng):
         "forbidden": forbidden,
         "nothing allowed": np.full((clients, experts), np.nan),
         "negative": -1e3 * uniform,
+        "mostly unknown": np.where(rng.random((clients, experts)) < 0.1, 0.6 * uniform, 1.0),
         "outlier": np.where(np.arange(clients * experts).reshape(clients, experts) == 3, 50.0, uniform),
     }[name].astype(np.float32)
 
 
 FAMILIES = [
     "uniform", "popular", "very popular", "groups", "near ties", "rank one",
-    "all equal", "forbidden", "nothing allowed", "negative", "outlier",
+    "all equal", "forbidden", "nothing allowed", "negative", "outlier", "mostly unknown",
 ]  # fmt: skip
 
 

@@ -78,17 +78,18 @@ def test_prices_of_other_clients_serve_and_bad_ones_do_no_harm(name):
         assert value(mask, fitness[:300]) == pytest.approx(value(masks[0], fitness[:300]), rel=1e-5)
 
 
-def test_newtons_method_takes_fewer_steps_from_prices_that_are_right(monkeypatch):
-    steps, plain = [], newton.jax.scipy.linalg.solve
-    monkeypatch.setattr(newton.jax.scipy.linalg, "solve", lambda *args, **options: steps.append(0) or plain(*args, **options))
-    value = jnp.array(family("popular", 300, 16, np.random.default_rng(0)).T * flow.STEPS / 2, jnp.int32)
-    problem = flow.Problem(value, jnp.ones(value.shape, bool), jnp.full(300, 2), jnp.full(16, 34), jnp.full(16, 41))
-    with jax.disable_jit():
-        right = newton.prices(problem, jnp.zeros(16, jnp.int32), jnp.bool_(False))
-        cold = len(steps)
-        again = newton.prices(problem, right, jnp.bool_(True))
-    assert len(steps) - cold < 0.9 * cold
-    assert all(flow.surplus(flow.plan_at(problem, prices)) <= 2 for prices in (right, again))
+def test_parts_of_a_step_tell_clients_apart():
+    value = jnp.array(family("popular", 2000, 16, np.random.default_rng(0)).T * 150, jnp.float32)
+    bounds = jnp.full(16, 245), jnp.full(16, 255)
+    plain = flow.Problem(jnp.floor(value).astype(jnp.int32), jnp.ones(value.shape, bool), jnp.full(2000, 2), *bounds, steps=300)
+    surplus = {}
+    for name, case in [("plain", plain), ("parts", plain._replace(part=value % 1.0))]:
+        plan = flow.plan_at(case, *newton.prices(case))
+        surplus[name] = int(flow.surplus(plan))
+        worth = case.value - plan.prices[:, None]
+        held, free = (jnp.where(plan.mask == held, worth, sign * flow.FAR) for held, sign in ((True, 1), (False, -1)))
+        assert (free.max(axis=0) <= held.min(axis=0) + 1).all() and (plan.mask.sum(axis=0) == 2).all()
+    assert 2 * surplus["parts"] <= surplus["plain"]
 
 
 def test_one_outlier_does_not_hide_the_differences_of_all_others():

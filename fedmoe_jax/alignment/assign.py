@@ -177,10 +177,11 @@ def _balanced(fitness, slots, lower, upper, key, prices, return_info):
     ties = jnp.where(tied, steps, jnp.clip(_indifference(relative, allowed, jax.random.fold_in(key, 1)) * steps, 2.0, steps))
     unit = jnp.where(tied, _TINY * jnp.maximum(jnp.abs(least), _TINY), spread) / steps
     rounded = jnp.round(relative * (steps - ties)).astype(jnp.int32)
-    value = jnp.where(allowed, rounded + (jax.random.uniform(key, fitness.shape) * ties).astype(jnp.int32), 0)
+    noise = jax.random.uniform(key, fitness.shape) * ties
+    value = jnp.where(allowed, rounded + noise.astype(jnp.int32), 0)
 
     least_load, most_load = (jnp.minimum(bound, fitness.shape[0]) for bound in (lower, upper))  # so that sums fit in 32 bits
-    problem = flow.Problem(value.T, allowed.T, slots, least_load, most_load)
+    problem = flow.Problem(value.T, allowed.T, slots, least_load, most_load, part=(noise % 1.0).T)
     start = jnp.clip(jnp.nan_to_num(prices / unit), -problem.fine, problem.fine)
     mask, found = transport.solve(problem, start)
     mask, prices = mask.T, found * unit
@@ -194,7 +195,7 @@ def _balanced(fitness, slots, lower, upper, key, prices, return_info):
 
 def _indifference(relative, allowed, key) -> Float[Array, ""]:
     """Up to which difference pairs count as equally fit, in a range of 0 to 1."""
-    sample = jax.random.randint(key, (_SAMPLE,), 0, relative.size)
+    sample = jax.random.bits(key, (_SAMPLE,)) % relative.size
     common = jnp.nanmedian(jnp.where(allowed, relative, jnp.nan).ravel()[sample])
     others = allowed & (relative != common)
     mostly = 2 * others.sum() < allowed.sum()  # have the common fitness

@@ -14,9 +14,12 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 T = TypeVar("T")
+
+_PARTS = 1 << 7  # of a step, that are told apart
+_AHEAD = 2  # steps that no part can make up for
 
 STEPS = 1 << 23
 """Values are integers from 0 to this."""
@@ -34,7 +37,11 @@ def apply_if(condition: Bool[Array, ""], function: Callable[[T], T], x: T) -> T:
 
 
 class Problem(NamedTuple):
-    """Values lie in 0 to `steps`; each client above `upper` or below `lower` costs `fine`."""
+    """Values lie in 0 to `steps`; each client above `upper` or below `lower` costs `fine`.
+
+    `part` is what a value is more than its integer, from 0 to 1, by which Newton's method tells clients apart that differ by less
+    than a step. Repairs do without, so that a client can hold an expert that is worth a step less to it than another.
+    """
 
     value: Int[Array, "expert client"]
     allowed: Bool[Array, "expert client"]
@@ -43,21 +50,24 @@ class Problem(NamedTuple):
     upper: Int[Array, " expert"]
     steps: Int[Array, ""] | int = STEPS
     fine: Int[Array, ""] | int = FINE
+    part: Float[Array, "expert client"] | float = 0.0
 
 
 class Plan(NamedTuple):
-    """The mask is best for the prices. Nodes with an excess have too many clients for their price, or too few."""
+    """The mask is best for the prices, to within a step. Nodes with an excess have too many clients for their price, or too few."""
 
     mask: Bool[Array, "expert client"]
     prices: Int[Array, " expert"]
     excess: Int[Array, " node"]
 
 
-def plan_at(problem: Problem, prices) -> Plan:
-    """Each client takes its best experts at these prices."""
+def plan_at(problem: Problem, prices, part) -> Plan:
+    """Each client takes its best experts at these prices. `part` is what prices are more than these integers, from -0.5 to 0.5."""
     prices = jnp.clip(prices, -problem.fine, problem.fine)
     worth = jnp.where(problem.allowed, problem.value - prices[:, None], -FAR)
-    mask = _best(worth, problem.slots) & problem.allowed
+    ahead = jnp.clip(worth - least(worth, problem.slots), -_AHEAD, _AHEAD)
+    fine = ahead * _PARTS + jnp.round((problem.part - part[:, None]) * _PARTS).astype(jnp.int32)
+    mask = _best(fine, problem.slots) & problem.allowed
     load = mask.sum(axis=1, dtype=jnp.int32)
     prices = _level(problem, prices, load)
     return Plan(mask, prices, excess(problem, prices, load)[1])
@@ -79,13 +89,13 @@ def _level(problem: Problem, prices, load) -> Int[Array, " expert"]:
 
 def _best(worth: Int[Array, "expert client"], slots: Int[Array, " client"]) -> Bool[Array, "expert client"]:
     """The `slots` highest of each column, the first of equals."""
-    threshold = least(worth, slots)
+    threshold = least(worth, slots, (_AHEAD + 2) * _PARTS)
     above, equal = worth > threshold, worth == threshold
     return above | (equal & (jnp.cumsum(equal, axis=0) <= slots - above.sum(axis=0)))
 
 
-def least(worth: Int[Array, "expert client"], slots: Int[Array, " client"]) -> Int[Array, " client"]:
-    """The least of the `slots` highest of each column. Bisects, which is much faster than sorting."""
+def least(worth: Int[Array, "expert client"], slots: Int[Array, " client"], far: int = FAR) -> Int[Array, " client"]:
+    """The least of the `slots` highest of each column, all from -far to far. Bisects, which is much faster than sorting."""
 
     def halve(_, interval):
         low, high = interval
@@ -93,8 +103,8 @@ def least(worth: Int[Array, "expert client"], slots: Int[Array, " client"]) -> I
         enough = (worth >= middle).sum(axis=0) >= slots
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    start = jnp.full(slots.shape, -FAR), jnp.full(slots.shape, FAR)
-    return lax.fori_loop(0, FAR.bit_length(), halve, start)[0]
+    start = jnp.full(slots.shape, -far), jnp.full(slots.shape, far)
+    return lax.fori_loop(0, far.bit_length(), halve, start)[0]
 
 
 def surplus(plan: Plan) -> Int[Array, ""]:

@@ -3,57 +3,62 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Float, Int
 
 from fedmoe_jax.alignment import flow
 from fedmoe_jax.alignment.flow import Problem
 
 _SHRINK = 10.0**-0.5
-_SMOOTHING = tuple(0.1 * _SHRINK**level for level in range(1, 13))  # relative to the range of values
-_LATER = 2  # where to begin among them with prices that are nearly right
+_SMOOTHING = tuple(0.1 * _SHRINK**level for level in range(1, 15))  # relative to the range of values
 _PARTLY = 8.0  # smoothings: below such a price an expert is not quite full, to within a client in 3,000
 _NEWTON_STEPS = 10  # at most, for each smoothing
+_OFF = 0.1  # times the undecided clients of an expert by which it may be off, or half a client
+_UNDECIDED = 1.0  # clients of an expert, as a sum of hold (1 - hold): with fewer the smoothing is little enough
 
 
-def prices(problem: Problem, start: Int[Array, " expert"], near: Bool[Array, ""]) -> Int[Array, " expert"]:
+def prices(problem: Problem) -> tuple[Int[Array, " expert"], Float[Array, " expert"]]:
     """Nearly optimal prices: those of a problem in which clients waver within `smoothing` of their threshold.
 
     A client holds sigmoid((value - price - threshold) / smoothing) of an expert, its threshold being such that it fills
     its slots; an expert has lower + (upper - lower) sigmoid(price / smoothing) clients. Newton's method solves for
-    prices and thresholds, eliminating the thresholds, while the smoothing shrinks. Floats hold only what is left of them
-    beside integers, so that the last smoothings are not lost in rounding.
+    prices and thresholds, eliminating the thresholds, while the smoothing shrinks until few clients waver. Floats hold
+    only what is left beside integers, so that the last smoothings are not lost in rounding.
 
-    Args:
-      start: where to begin, with less smoothing, if these are `near` to the best prices and within `steps`; else it begins from none.
+    Returns:
+      The prices rounded to integers, and what they are more than these.
     """
-    start = jnp.where(near, start, 0)
-    smoothing, first = jnp.array(_SMOOTHING, jnp.float32), jnp.where(near, _LATER, 0)
+    smoothing = jnp.array(_SMOOTHING, jnp.float32)
     value = jnp.where(problem.allowed, problem.value, -flow.FAR)
-    worth = value - start[:, None]
-    least = jnp.where(problem.slots > 0, flow.least(worth, problem.slots), worth.max(axis=0))
+    start = jnp.zeros(value.shape[0], jnp.int32)
+    least = jnp.where(problem.slots > 0, flow.least(value, problem.slots), value.max(axis=0))
     thresholds = jnp.maximum(least, -4 * problem.steps)  # nothing is allowed: as good as never
-    ahead = jnp.zeros(start.shape), jnp.where(problem.slots > 0, -0.5, 1.0) * smoothing[first]
+    ahead = jnp.zeros(start.shape), jnp.where(problem.slots > 0, -0.5, 1.0) * smoothing[0]
 
-    def level(number, carry):
-        return _level(problem, value, carry, smoothing[number])
+    def level(state):
+        number, carry, _ = state
+        return number + 1, *_level(problem, value, carry, smoothing[number])
 
-    whole, _, _ = lax.fori_loop(first, len(_SMOOTHING), level, ((start, thresholds), ahead, ahead))
-    free = (problem.lower < problem.upper) & (jnp.abs(whole[0]) < _PARTLY * _SMOOTHING[-1] * problem.steps)
-    return jnp.where(free, 0, whole[0])
+    def unfinished(state):
+        number, _, undecided = state
+        return (number < len(_SMOOTHING)) & (undecided > _UNDECIDED * value.shape[0])
+
+    last, (whole, rest, _), _ = lax.while_loop(unfinished, level, (0, ((start, thresholds), ahead, ahead), jnp.inf))
+    free = (problem.lower < problem.upper) & (jnp.abs(whole[0]) < _PARTLY * smoothing[last - 1] * problem.steps)
+    return jnp.where(free, 0, whole[0]), jnp.where(free, 0.0, rest[0] * problem.steps)
 
 
 def _level(problem: Problem, value: Int[Array, "expert client"], carry, smoothing):
     """Newton's method for one smoothing, from where the last two point to.
 
     The carry holds prices and thresholds: integer parts, and what is left beside them, in units of the range of values,
-    after the last smoothing and after the one before it.
+    after the last smoothing and after the one before it. Also returns how many clients are undecided.
     """
     whole, now, before = carry
     slots, lower, room = (x.astype(jnp.float32) for x in (problem.slots, problem.lower, problem.upper - problem.lower))
-    worth, base = (value - whole[0][:, None] - whole[1]) / problem.steps, whole[0] / problem.steps
+    worth, base = (value - whole[0][:, None] - whole[1] + problem.part) / problem.steps, whole[0] / problem.steps
 
     def step(state):
-        prices, thresholds, _, count = state
+        prices, thresholds, _, _, count = state
         hold = jax.nn.sigmoid((worth - prices[:, None] - thresholds) / smoothing)
         full = jax.nn.sigmoid((base + prices) / smoothing)
         row, column = hold.sum(axis=0) - slots, hold.sum(axis=1) - lower - room * full
@@ -66,15 +71,15 @@ def _level(problem: Problem, value: Int[Array, "expert client"], carry, smoothin
         solution = jax.scipy.linalg.solve(hessian, column - (slope * (row / steepness)).sum(axis=1), assume_a="pos")
         change = jnp.clip(jnp.nan_to_num(solution), -4.0, 4.0)
         correction = jnp.clip((row - (change[:, None] * slope).sum(axis=0)) / steepness, -6.0, 6.0)
-        return prices + smoothing * change, thresholds + smoothing * correction, jnp.abs(column).max(), count + 1
+        return prices + smoothing * change, thresholds + smoothing * correction, jnp.abs(column).max(), slope.sum(), count + 1
 
     def unsettled(state):
-        _, _, worst, count = state
-        return (worst > tolerance) & (count < _NEWTON_STEPS)
+        _, _, worst, undecided, count = state
+        return (worst > jnp.maximum(_OFF * undecided / value.shape[0], 0.5)) & (count < _NEWTON_STEPS)
 
-    tolerance = jnp.maximum(0.01 * slots.sum() / value.shape[0], 0.5)  # clients that an expert may be off
     ahead = jax.tree.map(lambda now, before: now + _SHRINK * (now - before), now, before)  # it is smooth in the smoothing
-    new = lax.while_loop(unsettled, step, (*ahead, jnp.inf, 0))[:2]
+    found = lax.while_loop(unsettled, step, (*ahead, jnp.inf, 0.0, 0))
+    new, undecided = found[:2], found[3]
     rounded = jax.tree.map(lambda x: jnp.round(x * problem.steps).astype(jnp.int32), new)
     new, now = (jax.tree.map(lambda x, n: x - n / problem.steps, part, rounded) for part in (new, now))
-    return jax.tree.map(jnp.add, whole, rounded), new, now
+    return (jax.tree.map(jnp.add, whole, rounded), new, now), undecided

@@ -61,14 +61,14 @@ def _among_near(problem: Problem, plan: Plan, count: int) -> Plan:
 
 
 def _settled(problem: Problem, mask: Bool[Array, "expert client"], prices) -> Bool[Array, "expert client"]:
-    """The mask after each client exchanged what it holds for what it prefers at these prices."""
+    """The mask after each client exchanged what it holds for what is worth more than a step more to it at these prices."""
     worth = jnp.where(problem.allowed, problem.value - prices[:, None], -FAR)
     expert = jnp.arange(worth.shape[0])[:, None]
 
     def exchange(state):
         mask, _ = state
         held, free = jnp.where(mask, worth, FAR), jnp.where(mask, -FAR, worth)
-        wrong = free.max(axis=0) > held.min(axis=0)
+        wrong = free.max(axis=0) > held.min(axis=0) + 1
         changed = wrong & ((expert == held.argmin(axis=0)) | (expert == free.argmax(axis=0)))
         return mask ^ changed, wrong.any()
 
@@ -124,7 +124,7 @@ def _costs(problem: Problem, plan: Plan, load, worth) -> Int[Array, "node node"]
     from_bank = jnp.where(taken > 0, from_bank, FAR)
     swap = jnp.where(swap < FAR // 2, swap, FAR)  # nobody can swap: what is left of FAR
     cost = jnp.block([[swap, to_bank[:, None]], [from_bank[None, :], jnp.full((1, 1), FAR)]])
-    return jnp.minimum(cost, FAR)
+    return jnp.clip(cost, 0, FAR)
 
 
 def _shortest_paths(cost, excess) -> tuple[Int[Array, " node"], Int[Array, " node"]]:

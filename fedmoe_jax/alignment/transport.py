@@ -13,11 +13,10 @@ from fedmoe_jax.alignment import flow, newton
 from fedmoe_jax.alignment.repair import repair
 
 _FEW = 0.5  # moving so few clients, for each expert, takes less time than Newton's method
-_NEAR = 8  # prices that leave less than one in so many slots too many are worth to start Newton's method from
 
 
 def solve(problem: flow.Problem, prices: Float[Array, " expert"]) -> tuple[Bool[Array, "expert client"], Float[Array, " expert"]]:
-    """The best assignment and the prices that prove it. `prices` are where to start, if they leave few clients too many.
+    """The best assignment and the prices that prove it. `prices` will do as they are where they leave few clients too many.
 
     When bounds remain broken, it solves once more, with values so coarse that a client out of bounds costs more than any
     chain of moves can gain.
@@ -46,19 +45,16 @@ def _optimum(problem: flow.Problem, prices: Int[Array, " expert"]) -> flow.Plan:
     first = jnp.where((prices != 0).any(), 0, 1)
 
     def attempt(state):
-        _, count, start, near = state
-        tried = jnp.where(count == 0, prices, 0)
-        tried = flow.apply_if(count == 2, lambda _: newton.prices(problem, start, near), tried)
-        plan = flow.plan_at(problem, tried)
-        few_misplaced = (_NEAR * flow.surplus(plan) < problem.slots.sum()) & (jnp.abs(plan.prices).max() <= problem.steps)
-        start, near = (jnp.where(count == 0, *pair) for pair in ((plan.prices, start), (few_misplaced, near)))
-        return plan, count + 1, start, near
+        _, count = state
+        tried = jnp.where(count == 0, prices, 0), jnp.zeros(prices.shape)
+        tried = flow.apply_if(count == 2, lambda _: newton.prices(problem), tried)
+        return flow.plan_at(problem, *tried), count + 1
 
     def unfit(state):
-        plan, count, *_ = state
+        plan, count = state
         return (count == first) | ((count < 3) & (flow.surplus(plan) > few))
 
     few = _FEW * problem.value.shape[0]
     none = flow.Plan(jnp.zeros(problem.value.shape, bool), prices, jnp.zeros(problem.value.shape[0] + 1, jnp.int32))
-    plan, *_ = lax.while_loop(unfit, attempt, (none, first, prices, jnp.bool_(False)))
+    plan, _ = lax.while_loop(unfit, attempt, (none, first))
     return repair(problem, plan)

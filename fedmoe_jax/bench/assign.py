@@ -40,11 +40,12 @@ def fitness(family: str, clients: int, experts: int, generator: np.random.Genera
         "rank one": lambda: generator.random((clients, 1)) * generator.random(experts),
         "all equal": lambda: np.ones((clients, experts)),
         "forbidden": lambda: np.where(generator.random((clients, experts)) < 0.2, -np.inf, uniform),
+        "mostly unknown": lambda: np.where(generator.random((clients, experts)) < 0.1, 0.6 * uniform, 1.0),
     }
     return values[family]().astype(np.float32)
 
 
-FAMILIES = ("uniform", "popular", "very popular", "groups", "near ties", "rank one", "all equal", "forbidden")
+FAMILIES = ("uniform", "popular", "very popular", "groups", "near ties", "rank one", "all equal", "forbidden", "mostly unknown")
 BOUNDS = {"mean +-10%": (0.9, 1.1), "lower = upper": (1.0, 1.0), "no lower": (0.0, 1.1)}
 
 
