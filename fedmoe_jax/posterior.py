@@ -152,7 +152,10 @@ def _of_layer(slots: Slots, batch: Batch, classes: int, group: int) -> Statistic
     return Statistics(weight.sum(1), total, second, group)
 
 
-def _posterior(layer: Statistics) -> Posterior:
+def gaussians(
+    layer: Statistics,
+) -> tuple[Float[Array, " feature"], Float[Array, "expert class feature"], Float[Array, "expert feature feature"]]:
+    """The mean of all features, those of each expert and class less that mean, and the covariance of each expert."""
     sent = layer.count > 0
     count = jnp.where(sent, layer.count, 1.0)
     centre = layer.total.sum((0, 1)) / jnp.where(sent.any(), layer.count.sum(), 1.0)
@@ -163,8 +166,22 @@ def _posterior(layer: Statistics) -> Posterior:
     features = pooled.shape[0]
     pooled += RIDGE * jnp.maximum(jnp.trace(pooled) / features, 1e-6) * jnp.eye(features)
     covariance = SHRUNK * pooled + (1 - SHRUNK) * scatter / of_expert
-    precision, mean = jnp.linalg.inv(covariance), mean - centre
+    return centre, mean - centre, covariance
+
+
+def _posterior(layer: Statistics) -> Posterior:
+    sent = layer.count > 0
+    count = jnp.where(sent, layer.count, 1.0)
+    centre, mean, covariance = gaussians(layer)
+    precision, volume = jax.lax.map(_inverted, covariance)
     weight = jnp.einsum("ecd,edf->ecf", mean, precision, precision="highest")
-    _, volume = jnp.linalg.slogdet(covariance)
     bias = jnp.log(count) - 0.5 * (weight * mean).sum(2) - 0.5 * volume[:, None]
     return Posterior(centre, precision, weight, jnp.where(sent, bias, _NEVER))
+
+
+def _inverted(covariance: Float[Array, "feature feature"]) -> tuple[Float[Array, "feature feature"], Float[Array, ""]]:
+    """The inverse and the log determinant of one matrix.
+
+    One at a time: two batches of matrices at once can wait for each other's threads for ever, in LAPACK's wrappers of jaxlib 0.10.
+    """
+    return jnp.linalg.inv(covariance), jnp.linalg.slogdet(covariance)[1]

@@ -110,6 +110,16 @@ def killed(folder, victim, then, reference):
     )  # fmt: skip
 
 
+def moved(folder, numbers, reference):
+    """A run that goes on with another number of processes every four rounds."""
+    out = folder / "moved"
+    statuses = []
+    for turn, number in enumerate(numbers, 1):
+        done = ended(start(out, number, "--rounds", str(4 * turn), *["--resume"] * (turn > 1)))
+        statuses += [status for status, *_ in done]
+    return dict(check="moved", processes=numbers, statuses=statuses, apart=apart(out, reference))
+
+
 def campaign(folder):
     ((status, *_),) = ended(start(folder / "alone", 1))
     assert status == 0
@@ -118,6 +128,7 @@ def campaign(folder):
     yield killed(folder, 0, 2, folder / "alone")
     yield together(folder, 4, folder / "alone")
     yield together(folder, 2, folder / "alone", slurm=True)
+    yield moved(folder, [1, 4, 2], folder / "alone")
 
 
 if __name__ == "__main__":

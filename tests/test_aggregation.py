@@ -1,6 +1,7 @@
 """Tests of aggregation: the mean against a slow NumPy oracle, in any chunks and any order."""
 
 import dataclasses
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +148,27 @@ def test_clients_of_one_mind_agree():
     jax.tree.map(np.testing.assert_array_equal, rule.finish(rule.add(rule.init(EXPERT_ZEROS, SHARED_ZEROS), one)), whole(one))
 
 
-@pytest.mark.parametrize("agreement", [-0.1, 1.1, float("nan")])
-def test_agreement_is_a_share(agreement):
-    with pytest.raises(ValueError, match=f"agreement is {agreement}, it must be from 0 to 1"):
-        aggregation.mean(agreement=agreement)
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("name", ["agreement", "few_holders"])
+def test_shares_are_from_0_to_1(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}, it must be from 0 to 1"):
+        aggregation.mean(**{name: value})
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_experts_that_fewer_clients_trained_change_less(power):
+    rule, clients = aggregation.mean(few_holders=power), update(4)
+
+    @jax.jit
+    def chunks(clients):
+        first, second = (jax.tree.map(operator.itemgetter(rows), clients) for rows in (slice(0, 2), slice(2, None)))
+        return rule.finish(rule.add(rule.add(rule.init(EXPERT_ZEROS, SHARED_ZEROS), first), second))
+
+    experts, shared = oracle(clients)
+    held, tokens = np.asarray(clients.held), np.asarray(clients.tokens)
+    trained = np.array([((held == expert) & (tokens > 0)).sum() for expert in range(EXPERTS)])
+    scale = np.minimum(trained / trained[trained > 0].mean(), 1) ** power
+    assert len(set(scale[trained > 0])) > 1
+    expected = {name: mean * scale.reshape(-1, *(1,) * (mean.ndim - 1)) for name, mean in experts.items()}, shared
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), chunks(clients), expected)
+    assert rule.needs == "sum"

@@ -21,6 +21,7 @@ FOUNDATION = {
     "store",
     "scaffold",
     "posterior",
+    "distil",
     "sharding",
     "state",
 }

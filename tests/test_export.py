@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fedmoe_jax import cli, posterior
+from fedmoe_jax import cli, distil, posterior
 from fedmoe_jax.experts import Slots, bind, groups, num_experts
 from fedmoe_jax.nn.moe import mix_all
 from fedmoe_jax.training import export
@@ -46,6 +46,10 @@ def made(folder, **changes):
     def drawn(tree, least=-1.0):
         return jax.tree.map(lambda a: jnp.asarray(draw.uniform(least, 1, a.shape), a.dtype), tree)
 
+    statistics = tuple(
+        dataclasses.replace(layer, second=layer.second + 50 * jnp.eye(layer.second.shape[-1]))  # so that covariances are positive
+        for layer in drawn(state.statistics, 0.1) or ()
+    )
     fitness = state.aligner.fitness
     fitness = dataclasses.replace(fitness, value=drawn(fitness.value))
     state = dataclasses.replace(
@@ -53,7 +57,7 @@ def made(folder, **changes):
         experts=drawn(state.experts),
         shared=drawn(state.shared),
         personal=drawn(state.personal),
-        statistics=drawn(state.statistics, 0.1),
+        statistics=statistics or None,
         aligner=dataclasses.replace(state.aligner, fitness=fitness),
     )
     folder.mkdir(parents=True)
@@ -99,18 +103,23 @@ def full_logits(setup, weights, held=None, prior=None, adapt=lambda model: None)
     return logits(examples(setup))
 
 
-@pytest.mark.parametrize("router", ["shared", "soft", "statistics"])
+@pytest.mark.parametrize("router", ["shared", "soft", "statistics", "distilled"])
 def test_the_global_model_comes_back(tmp_path, runs, router):
-    folder, setup, state = runs("statistics" if router == "statistics" else "shared")
-    if router == "soft":  # trains as shared does
-        setup, folder = dataclasses.replace(setup, config=dataclasses.replace(setup.config, router="soft")), tmp_path / "soft"
-        shutil.copytree(runs("shared")[0], folder)
+    trained_as = {"soft": "shared", "distilled": "statistics"}.get(router, router)
+    folder, setup, state = runs(trained_as)
+    if router != trained_as:
+        setup, folder = dataclasses.replace(setup, config=dataclasses.replace(setup.config, router=router)), tmp_path / router
+        shutil.copytree(runs(trained_as)[0], folder)
         (folder / "config.toml").write_text(to_toml(setup.config))
-    routers = state.statistics and posterior.posteriors(state.statistics)
-    adapt = {"shared": lambda model: None, "soft": mix_all, "statistics": lambda model: posterior.serve(model, routers)}[router]
+    routers, experts = state.statistics and posterior.posteriors(state.statistics), nnx.clone(state.experts)
+    if router == "distilled":
+        rows = experts["moe"]["router"]
+        rows.set_value(distil.rows(state.statistics[0], rows.get_value(), jax.random.key(0)))
+        assert np.abs(rows.get_value() - state.experts["moe"]["router"].get_value()).max() > 0.1
+    adapt = {"soft": mix_all, "statistics": lambda model: posterior.serve(model, routers)}.get(router, lambda model: None)
     assert cli.main(["export", str(folder), "--out", str(tmp_path / "export")]) == 0
     found = export.load(tmp_path / "export")
-    expected = full_logits(setup, (state.experts, state.shared), adapt=adapt)
+    expected = full_logits(setup, (experts, state.shared), adapt=adapt)
     np.testing.assert_allclose(found.logits(examples(setup)), expected, rtol=1e-6, atol=1e-6)
     assert found.config["round"] == 3 and found.config["held"] is None
 

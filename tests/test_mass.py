@@ -138,6 +138,7 @@ RULES = {
     "krum": aggregation.krum(byzantine=0.2, keep=None),
     "geometric": aggregation.geometric_median(),
     "agreement": aggregation.mean(agreement=0.5),
+    "few holders": aggregation.mean(few_holders=1.0),
     "fixed": aggregation.fixed_mean(clients=5.0, holders=2.5),
     "secure": aggregation.fixed_mean(clients=5.0, holders=2.5, fixed_point=aggregation.FixedPoint(16, clients=5)),
     "compressed": aggregation.chain(aggregation.sparsify(share=0.5), aggregation.quantize(bits=8), aggregation.mean()),

@@ -14,7 +14,7 @@ GLOBAL = (
     "statistics+shared_expert",
     "statistics+server_adam",
     "statistics+shared_expert+server_adam",
-    *("fedprox", "fedprox_shared", "fedprox_router", "balanced_softmax", "agreement", "soft"),
+    *("fedprox", "fedprox_shared", "fedprox_router", "balanced_softmax", "agreement", "few_holders", "distilled", "soft"),
 )
 """What may help the global model, on cells whose clients differ, with the baseline."""
 TOGETHER = "statistics+shared_expert+server_adam"

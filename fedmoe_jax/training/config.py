@@ -20,7 +20,7 @@ MAX_INT = 2**31 - 1  # of whole numbers, as devices count
 SPLITS, MODELS = ("iid", "dirichlet", "classes", "natural"), ("mlp", "resnet", "transformer")
 ALIGNERS = ("random", "greedy", "load_only", "balanced", "full")
 FITNESSES = ("solo", "ranked_solo", "loss", "accuracy", "usage")
-ROUTERS = ("shared", "personal", "soft", "statistics")
+ROUTERS = ("shared", "personal", "soft", "statistics", "distilled")
 PROFILES, PROFILE_FILES = tuple(SOURCES), (".json", ".jsonl")
 LOSSES, PULLED = ("cross_entropy", "balanced_softmax"), ("all", "shared", "router")
 ASSIGNMENTS, ENGINES = ("shared", "per_layer"), ("auto", "primal", "dual")
@@ -98,6 +98,8 @@ class TrainConfig:
     """What it pulls: all weights, the shared part, or the rows of the router."""
     agreement: float = 0.0
     """How far the signs of clients' updates of a number must agree, 0 to 1, lest it changes less; 0 for the plain mean."""
+    few_holders: float = 0.0
+    """How much less an expert with fewer clients than others changes: a power of that ratio, 0 to 1."""
     loss: str = "cross_entropy"
     """What clients minimise: cross_entropy, or balanced_softmax, which adds a client's label prior to its logits."""
     control_variates: bool = False
@@ -147,7 +149,7 @@ class TrainConfig:
     probes: int = 1
     """Experts that a client tries each round without training them."""
     router: str = "shared"
-    """shared; personal, rows stay on the client; soft, to all experts in the global model; statistics, there by what experts were sent."""
+    """shared; personal, rows stay on clients; of the global model also soft, to all experts; statistics or distilled, by what they saw."""
     router_prior: float = 0.0
     """Multiple of a client's centred fitness that its router logits get."""
     tolerance: float | None = None
@@ -206,11 +208,8 @@ _NAMES = {
     "prox_on": PULLED,
     "aggregator": AGGREGATORS,
     "dtype": DTYPES,
-    "client_optimizer": OPTIMIZERS,
-    "server_optimizer": OPTIMIZERS,
-    "shared_optimizer": OPTIMIZERS,
-    "client_schedule": SCHEDULES,
-    "server_schedule": SCHEDULES,
+    **dict.fromkeys(("client_optimizer", "server_optimizer", "shared_optimizer"), OPTIMIZERS),
+    **dict.fromkeys(("client_schedule", "server_schedule"), SCHEDULES),
     "on_divergence": DIVERGENCES,
 }
 _CUSTOM = ("model", "aligner", "profile")
@@ -220,7 +219,7 @@ _LEAST = {
     "min_holders": 1,
     **dict.fromkeys(("domains", "compress_bits", "broadcast_bits"), 2),
     **dict.fromkeys(("shared_experts", "probes", "seed", "balance_weight", "prox", "router_prior", "tolerance"), 0),
-    **dict.fromkeys(("demand", "agreement", "least_spread", "speed_bias", "speed_jitter", "bad_share"), 0),
+    **dict.fromkeys(("demand", "agreement", "few_holders", "least_spread", "speed_bias", "speed_jitter", "bad_share"), 0),
     **dict.fromkeys(("noise_multiplier", "clip_quantile", "secure_bits", "weight_decay"), 0),
 }
 _ABOVE_ZERO = (
@@ -228,7 +227,7 @@ _ABOVE_ZERO = (
     *("clip_norm", "reject_above", "target_epsilon", "target_delta", "feedback_noise", "sampling_rate"),
 )
 _MOST: dict[str, float] = dict.fromkeys(
-    ("availability", "demand", "beta", "target", "compress_share", "agreement", "clip_quantile", "sampling_rate"), 1
+    ("availability", "demand", "beta", "target", "compress_share", "agreement", "few_holders", "clip_quantile", "sampling_rate"), 1
 )
 _MOST |= {"seed": 2**32 - 1, "compress_bits": 8, "broadcast_bits": 8, "secure_bits": 30, "target_delta": 0.5}
 _MOST |= {"noise_multiplier": 1e4, "feedback_noise": 1e4, "clip_norm": 1e12}

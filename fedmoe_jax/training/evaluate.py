@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedmoe_jax import alignment, posterior, sharding
+from fedmoe_jax import alignment, distil, posterior, sharding
 from fedmoe_jax.alignment.aligner import AlignerState
 from fedmoe_jax.alignment.fitness import FitnessState
 from fedmoe_jax.base import NO_EXPERT, Aligner, Alignment, Batch, Cohort, stage_key
@@ -33,7 +33,7 @@ def global_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
     """evaluate(state) -> eval_loss and eval_accuracy: all experts, routed as the configuration says, no prior, the global test set."""
     parts = setup.parts
     experts = len(groups(parts.experts)) * num_experts(parts.experts)
-    size = min(_BATCH, len(setup.test[0]))
+    size, distilled = min(_BATCH, len(setup.test[0])), setup.config.router == "distilled"
 
     def one(weights, routers, x, y, rows, key):
         mask = rows < x.shape[0]
@@ -48,17 +48,26 @@ def global_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
         return jnp.where(mask, loss, 0).sum(), jnp.where(mask, correct, 0).sum()
 
     @jax.jit
-    def evaluate(weights, statistics, x, y, key):
-        routers = None if statistics is None else posterior.posteriors(statistics)
+    def evaluate(state, x, y):
+        routers = None if state.statistics is None or distilled else posterior.posteriors(state.statistics)
+        weights = global_weights(setup, state)
         index = jnp.arange(-(-x.shape[0] // size) * size).reshape(-1, size)
-        sums = jax.lax.map(lambda rows: one(weights, routers, x, y, rows, key), index)
+        sums = jax.lax.map(lambda rows: one(weights, routers, x, y, rows, state.key), index)
         return jax.tree.map(lambda values: values.sum() / x.shape[0], sums)
 
     def run(state: State) -> dict[str, Any]:
-        loss, correct = evaluate((state.experts, state.shared), state.statistics, *setup.test, state.key)
+        loss, correct = evaluate(state, *setup.test)
         return {"eval_loss": float(loss), "eval_accuracy": float(correct)}
 
     return run
+
+
+def global_weights(setup: Setup, state: State) -> tuple[Any, Any]:
+    """Expert and shared weights that the global model serves with: those of the state, or with a distilled router."""
+    experts = state.experts
+    if setup.config.router == "distilled" and state.statistics is not None:
+        experts = distil.weights(setup.parts, experts, state.shared, state.statistics)
+    return experts, state.shared
 
 
 def client_evaluation(setup: Setup, chunk: int = _CHUNK) -> Callable[[State], dict[str, Any]]:

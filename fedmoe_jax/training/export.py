@@ -19,7 +19,7 @@ from fedmoe_jax.nn.moe import mix_all
 from fedmoe_jax.round import State
 from fedmoe_jax.training.clients import evaluated
 from fedmoe_jax.training.config import TrainConfig, UsageError
-from fedmoe_jax.training.evaluate import restored, served
+from fedmoe_jax.training.evaluate import global_weights, restored, served
 from fedmoe_jax.training.metrics import read_json, write_bytes, write_json
 from fedmoe_jax.training.setup import Setup, architecture
 
@@ -62,7 +62,7 @@ def export_run(folder: Path, config: TrainConfig, out: Path, client: int | None 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out} is not empty: choose a new folder")
     done, setup, state = restored(folder, config)
-    tensors, about = _global(state) if client is None else _personal(setup, state, client)
+    tensors, about = _global(setup, state) if client is None else _personal(setup, state, client)
     model = architecture(config, setup.population.x.shape[1:], setup.num_classes)
     model["dtype"] = model["dtype"] and jnp.dtype(model["dtype"]).name
     about = {
@@ -79,9 +79,10 @@ def export_run(folder: Path, config: TrainConfig, out: Path, client: int | None 
     return about
 
 
-def _global(state: State) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    tensors = named(state.experts) | named(state.shared)
-    if state.statistics is not None:
+def _global(setup: Setup, state: State) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    experts, shared = global_weights(setup, state)
+    tensors = named(experts) | named(shared)
+    if setup.config.router == "statistics" and state.statistics is not None:
         for place, router in enumerate(posterior.posteriors(state.statistics)):
             tensors |= {f"posterior.{place}.{name}": value for name, value in vars(router).items()}
     return tensors, {"held": None}

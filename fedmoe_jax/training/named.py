@@ -43,7 +43,7 @@ def make_aligner(config: TrainConfig, groups: int = 1) -> Aligner:
 def aggregator(config: TrainConfig) -> Aggregator:
     """What makes one update of many, which are clipped and compressed first where a configuration says so."""
     rules: dict[str, Callable[[], Aggregator]] = {
-        "mean": lambda: aggregation.mean(agreement=config.agreement),
+        "mean": lambda: aggregation.mean(agreement=config.agreement, few_holders=config.few_holders),
         "trimmed_mean": lambda: aggregation.trimmed_mean(share=config.bad_share),
         "krum": lambda: aggregation.krum(byzantine=config.bad_share),
         "multi_krum": lambda: aggregation.krum(byzantine=config.bad_share, keep=None),

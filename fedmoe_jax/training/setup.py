@@ -35,6 +35,8 @@ MOST_LABEL_BYTES = 4e9
 """Most that label priors of all clients may take."""
 LOCAL_TEST_FRACTION = 0.2
 """Share of each client's examples that is its own test split."""
+TRAINED_AS = {"soft": "shared", "distilled": "statistics"}
+"""Routers of the global model with which clients train as with another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Setup:
             self.model, self.training_loss, client_optimizer=client_optimizer(config), server_optimizer=server_optimizer(config),
             aligner=self.aligner, cohort_size=config.cohort, batch_size=config.batch_size, local_steps=config.local_steps,
             local_epochs=None if config.local_steps is not None else config.local_epochs, prox=config.prox, prox_on=config.prox_on,
-            router="shared" if config.router == "soft" else config.router, router_prior=config.router_prior,
+            router=TRAINED_AS.get(config.router, config.router), router_prior=config.router_prior,
             deadline=config.deadline, chunk_size=chunk, conditions=conditions,
             solo_examples=self.solo_examples, engine=config.engine, control_variates=config.control_variates,
             aggregator=aggregator(config), broadcast=broadcast(config), reject_above=config.reject_above, check=self.check,
@@ -125,7 +127,7 @@ class Setup:
         solo = batch_shape(self.population, solo_examples) if solo_examples else None
         optimizer = client_optimizer(config)(jnp.int32(0))
         options: dict[str, Any] = dict(personal_router=config.router == "personal", control_variates=config.control_variates)
-        if config.router == "statistics":
+        if TRAINED_AS.get(config.router, config.router) == "statistics":
             options["statistics_batch"] = batch_shape(self.population, STATISTICS_BATCHES * config.batch_size)
         options |= dict(solo_batch=solo, max_slots=self.aligner.max_slots)
         links = {"down": broadcast(config), "up": aggregator(config).encoder}

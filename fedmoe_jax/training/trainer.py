@@ -18,7 +18,7 @@ from fedmoe_jax.round import State, rounds
 from fedmoe_jax.training import accountant, divergence, metrics
 from fedmoe_jax.training.checkpoint import Checkpoints
 from fedmoe_jax.training.config import TrainConfig, UsageError, from_toml, located, to_toml, validate
-from fedmoe_jax.training.evaluate import client_evaluation, global_evaluation
+from fedmoe_jax.training.evaluate import client_evaluation, global_evaluation, global_weights
 from fedmoe_jax.training.interrupt import Interrupts, alone, inside
 from fedmoe_jax.training.memory import is_out_of_memory, memory_bytes, peak_memory_bytes
 from fedmoe_jax.training.metrics import MetricsLog, Record
@@ -91,7 +91,7 @@ def train(
                         progress.update(record)
                     if first and callback is not None:
                         callback(run.state, record)
-            scores, weights = run.setup.aligner_scores(run.state), processes.gathered((run.state.experts, run.state.shared))
+            scores, weights = run.setup.aligner_scores(run.state), processes.gathered(global_weights(run.setup, run.state))
             processes.by_first(lambda: _finish(out, run, log, weights, scores))
             return metrics.read_json(out / "summary.json")
 
