@@ -1,6 +1,6 @@
 """Federated training of Mixture-of-Experts models over simulated clients, vectorised in JAX."""
 
-from fedmoe_jax import aggregation, alignment, conditions, distributed, models, nn, posterior
+from fedmoe_jax import aggregation, alignment, conditions, distil, distributed, models, nn, posterior
 from fedmoe_jax.base import NO_EXPERT, Aggregator, Aligner, Alignment, Batch, ClientProfile, Cohort, Feedback
 from fedmoe_jax.data.population import Population
 from fedmoe_jax.experts import ExpertParam, RouterParam, Slots, partition
@@ -26,6 +26,7 @@ __all__ = [
     "aggregation",
     "alignment",
     "conditions",
+    "distil",
     "distributed",
     "federated_moe",
     "models",

@@ -87,8 +87,8 @@ def wrong_denominators(of_experts):
     right = aggregation.mean()
 
     def finish(total):
-        sums, signs, (tokens, examples) = total
-        return right.finish((sums, signs, (tokens + 1, examples) if of_experts else (tokens, examples + 1)))
+        sums, signs, (tokens, clients, examples) = total
+        return right.finish((sums, signs, (tokens + of_experts, clients, examples + (not of_experts))))
 
     return right._replace(finish=finish)
 

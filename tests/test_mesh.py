@@ -124,8 +124,10 @@ ENTRY %main (p: f32[]) -> f32[] {
   %d = f32[2,2]{1,0} reduce-scatter-done(%s)
   %g = (f32[2]{0}, f32[4]{0}) all-gather-start(%x), replica_groups={{0,1}}, dimensions={0}
   %a = (f32[4]{0}, u8[2]{0}) all-reduce-start(%y, %z), replica_groups={{0,1}}, to_apply=%sum
+  %b = ((f32[4]{0}, u8[2]{0}), (f32[4]{0}, u8[2]{0}), u32[]) all-reduce-start(%y, %z), replica_groups={{0,1}}, to_apply=%sum
 """
-    assert [(c.kind, c.bytes) for c in traffic.collectives(begun, 2)] == [("reduce-scatter", 18), ("all-gather", 8), ("all-reduce", 18)]
+    found = [(c.kind, c.bytes) for c in traffic.collectives(begun, 2)]
+    assert found == [("reduce-scatter", 18), ("all-gather", 8), ("all-reduce", 18), ("all-reduce", 18)]
     unknown = program.replace(', backend_config={"known_trip_count":{"n":"3"}}', "")
     assert traffic.collectives(unknown, 8)[0].times is None
 
