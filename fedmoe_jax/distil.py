@@ -5,6 +5,8 @@ linear router, x W[expert], to the posterior of these features by the cross-entr
 Network", 2015), with L-BFGS.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,7 +19,7 @@ from fedmoe_jax.posterior import Statistics, gaussians, posteriors
 SAMPLES = 8192
 """Features that are drawn, as many for each expert."""
 STEPS = 60
-"""Of L-BFGS."""
+"""Steps of L-BFGS."""
 _RIDGE = 1e-4  # of the logits' size, so that rows stay finite where experts are apart
 
 
@@ -27,15 +29,31 @@ def weights(parts: Partition, experts: PyTree, shared: PyTree, statistics: tuple
     Raises:
       ValueError: if a MoE layer has no `RouterParam`, or several.
     """
-    number = len(groups(parts.experts)) * num_experts(parts.experts)
-    model = bind(parts, experts, shared, Slots(jnp.ones(number, bool), jnp.zeros(number)))
-    nodes = list(nnx.iter_graph(model))
-    for (_, state), layer in zip(layers(model), statistics, strict=True):
+    return _weights(parts.graphdef, experts, shared, parts.rest, statistics)
+
+
+def routers(model: nnx.Module) -> list[RouterParam]:
+    """The router rows of every layer, in the order of `experts.layers`.
+
+    Raises:
+      ValueError: if a MoE layer has no `RouterParam`, or several.
+    """
+    nodes, each = list(nnx.iter_graph(model)), []
+    for _, state in layers(model):
         (owner,) = (path[:-1] for path, node in nodes if node is state)
         found = [node for path, node in nodes if isinstance(node, RouterParam) and path[: len(owner)] == owner]
         if len(found) != 1:
             raise ValueError(f"router is 'distilled', but the model has a MoE layer with {len(found)} RouterParams")
-        (router,) = found
+        each += found
+    return each
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weights(graphdef, experts, shared, rest, statistics):
+    parts = Partition(graphdef, experts, shared, rest)
+    number = len(groups(experts)) * num_experts(experts)
+    model = bind(parts, experts, shared, Slots(jnp.ones(number, bool), jnp.zeros(number)))
+    for router, layer in zip(routers(model), statistics, strict=True):
         router.set_value(rows(layer, router.get_value(), jax.random.key(0)))
     return partition(model).experts
 
@@ -71,7 +89,8 @@ def _drawn(layer: Statistics, key: Key[Array, ""]) -> tuple[Float[Array, "sample
     of_class, noise = jax.random.split(key)
     label = jax.random.categorical(of_class, jnp.log(layer.count)[:, None], shape=(number, each))
     noise = jax.random.normal(noise, (number, each, len(centre)))
-    root = jax.lax.map(jnp.linalg.cholesky, covariance)  # one at a time, as in `posterior`
+    size, axes = jax.lax.map(jnp.linalg.eigh, covariance)  # one at a time, as in `posterior`; rounding can make sizes negative
+    root = jnp.einsum("edk,ek,efk->edf", axes, jnp.sqrt(jnp.maximum(size, 0)), axes, precision="highest")
     spread = jnp.einsum("edf,enf->end", root, noise, precision="highest")
     features = centre + mean[jnp.arange(number)[:, None], label] + spread
     share = layer.count.sum(1) / jnp.maximum(layer.count.sum(), 1e-9) / each

@@ -89,7 +89,37 @@ def test_parts_of_a_step_tell_clients_apart():
         worth = case.value - plan.prices[:, None]
         held, free = (jnp.where(plan.mask == held, worth, sign * flow.FAR) for held, sign in ((True, 1), (False, -1)))
         assert (free.max(axis=0) <= held.min(axis=0) + 1).all() and (plan.mask.sum(axis=0) == 2).all()
-    assert 2 * surplus["parts"] <= surplus["plain"]
+    assert 2 * surplus["parts"] <= surplus["plain"] > 0
+
+
+def test_parts_never_outweigh_steps_nor_what_is_forbidden():
+    value, allowed = jnp.array([[0], [1000], [10]]), jnp.array([[False], [True], [True]])
+    bounds = jnp.zeros(3, jnp.int32), jnp.ones(3, jnp.int32)
+    part, beside = jnp.array([[0.999], [0.0], [0.0]]), jnp.array([-0.4999, 0.4999, 0.0])
+    for may in (allowed, allowed | True):
+        problem = flow.Problem(value, may, jnp.ones(1, jnp.int32), *bounds, steps=1000, part=part)
+        np.testing.assert_array_equal(flow.plan_at(problem, jnp.zeros(3, jnp.int32), beside).mask, [[False], [True], [False]])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_plans_fill_all_slots_whatever_the_parts(seed):
+    rng = np.random.default_rng(seed)
+    value = rng.integers(0, 5, (6, 200))
+    allowed, part, beside = rng.random((6, 200)) < 0.7, rng.random((6, 200)), rng.random(6) - 0.5
+    slots, bounds = np.minimum(rng.integers(0, 7, 200), allowed.sum(axis=0)), (np.zeros(6, int), np.full(6, 200))
+    arrays = map(jnp.asarray, (value, allowed, slots, *bounds))
+    problem = flow.Problem(*arrays, steps=5, part=jnp.asarray(part, jnp.float32))
+    mask = np.asarray(flow.plan_at(problem, jnp.asarray(rng.integers(-2, 3, 6)), jnp.asarray(beside, jnp.float32)).mask)
+    np.testing.assert_array_equal(mask.sum(axis=0), slots)
+    assert not (mask & ~allowed).any()
+
+
+def test_newtons_method_leaves_few_clients_too_many_for_small_cohorts():
+    for clients in (20, 100, 1000):
+        value = jnp.array(family("popular", clients, 64, np.random.default_rng(0)).T * flow.STEPS / 2, jnp.int32)
+        bounds = (jnp.full(64, round(factor * 4 * clients / 64)) for factor in (0.8, 1.25))
+        problem = flow.Problem(value, jnp.ones(value.shape, bool), jnp.full(clients, 4), *bounds)
+        assert flow.surplus(flow.plan_at(problem, *newton.prices(problem))) < 16
 
 
 def test_one_outlier_does_not_hide_the_differences_of_all_others():

@@ -16,7 +16,7 @@ from test_gaussians import gaussians, log_posterior
 from fedmoe_jax import cli, distil, nn, posterior
 from fedmoe_jax.experts import ExpertParam, Slots, SlotState, partition
 from fedmoe_jax.training.config import TrainConfig, from_toml
-from fedmoe_jax.training.evaluate import restored
+from fedmoe_jax.training.evaluate import global_evaluation, restored
 
 KEY = jax.random.key(3)
 
@@ -66,7 +66,7 @@ def test_matrices_are_factored_one_at_a_time(layer):
 
     program = jax.jit(both).trace(layer).lower(lowering_platforms=("cpu",)).as_text()
     calls = re.findall(r"custom_call @(lapack\w+)\(.*: \(tensor<(\w+)>", program)
-    assert {name for name, _ in calls} >= {"lapack_spotrf_ffi", "lapack_sgetrf_ffi"}
+    assert {name for name, _ in calls} >= {"lapack_ssyevd_ffi", "lapack_sgetrf_ffi"}
     assert all(shape in ("6x6xf32", "1x6x6xf32") for _, shape in calls)
 
 
@@ -90,7 +90,8 @@ def test_each_layer_gets_rows_of_its_own_statistics(layer):
     found = distil.weights(parts, parts.experts, parts.shared, (layer, other))
     for place, seen in enumerate((layer, other)):
         expected = distil.rows(seen, jnp.zeros((4, 6)), jax.random.key(0))
-        np.testing.assert_allclose(found[place]["router"].get_value(), expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(found[place]["router"].get_value(), expected, atol=0.03)  # of different programs
+        assert np.abs(found[1 - place]["router"].get_value() - expected).max() > 0.3
         np.testing.assert_array_equal(found[place]["w_in"].get_value(), parts.experts[place]["w_in"].get_value())
 
 
@@ -106,6 +107,7 @@ def test_a_run_leaves_the_distilled_weights_and_trains_as_with_statistics(tmp_pa
     assert changed == [name for name in plain if "router" in name] and len(changed) == 1
     same = set(record) - {"eval_accuracy", "eval_loss", "wall_seconds", "clients_per_second", "peak_memory_bytes"}
     assert all(record[name] == other[name] for name in same) and record["eval_loss"] != other["eval_loss"]
-    _, _, state = restored(tmp_path / "distilled", TrainConfig(**from_toml(tmp_path / "distilled" / "config.toml")))
-    rows = distil.rows(state.statistics[0], jnp.zeros(weights[changed[0]].shape), jax.random.key(0))
-    np.testing.assert_allclose(weights[changed[0]], rows, rtol=1e-3, atol=1e-4)
+    _, setup, state = restored(tmp_path / "distilled", TrainConfig(**from_toml(tmp_path / "distilled" / "config.toml")))
+    experts = distil.weights(setup.parts, state.experts, state.shared, state.statistics)
+    np.testing.assert_array_equal(weights[changed[0]], experts["moe"]["router"].get_value())
+    assert other["eval_loss"] == global_evaluation(setup)(state)["eval_loss"]

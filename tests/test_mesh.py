@@ -125,9 +125,12 @@ ENTRY %main (p: f32[]) -> f32[] {
   %g = (f32[2]{0}, f32[4]{0}) all-gather-start(%x), replica_groups={{0,1}}, dimensions={0}
   %a = (f32[4]{0}, u8[2]{0}) all-reduce-start(%y, %z), replica_groups={{0,1}}, to_apply=%sum
   %b = ((f32[4]{0}, u8[2]{0}), (f32[4]{0}, u8[2]{0}), u32[]) all-reduce-start(%y, %z), replica_groups={{0,1}}, to_apply=%sum
+  %c = (f32[4]{0}, f32[4]{0}) all-reduce-start(%y), replica_groups={{0,1}}, to_apply=%sum
+  %d = f32[4]{0} all-reduce-start(%y), replica_groups={{0,1}}, to_apply=%sum
 """
     found = [(c.kind, c.bytes) for c in traffic.collectives(begun, 2)]
-    assert found == [("reduce-scatter", 18), ("all-gather", 8), ("all-reduce", 18), ("all-reduce", 18)]
+    sums = [("all-reduce", 18), ("all-reduce", 18), ("all-reduce", 16), ("all-reduce", 16)]
+    assert found == [("reduce-scatter", 18), ("all-gather", 8), *sums]
     unknown = program.replace(', backend_config={"known_trip_count":{"n":"3"}}', "")
     assert traffic.collectives(unknown, 8)[0].times is None
 

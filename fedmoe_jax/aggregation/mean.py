@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from fedmoe_jax import kernels
 from fedmoe_jax.base import Aggregator, ClientUpdate
-from fedmoe_jax.experts import combine, groups, map_groups, num_experts
+from fedmoe_jax.experts import by_group, combine, groups, map_groups, num_experts
 from fedmoe_jax.mass import Law
 
 
@@ -19,7 +19,7 @@ def mean(*, agreement: float = 0.0, few_holders: float = 0.0) -> Aggregator:
     Args:
       agreement: where the signs of the clients' deltas of one number agree less, the mean is multiplied by how far they do: the
         magnitude of their weighted mean, from 0 to 1 [2]. 0 for the plain mean; otherwise it needs each client's deltas.
-      few_holders: the mean of an expert that fewer clients trained than the others, by mean number, is multiplied by that ratio to this
+      few_holders: the mean of an expert that fewer clients trained than those of its group on average is multiplied by that ratio to this
         power, from 0 for the plain mean to 1, where it is in proportion to the sum over its clients.
 
     Raises:
@@ -66,7 +66,7 @@ def mean(*, agreement: float = 0.0, few_holders: float = 0.0) -> Aggregator:
 
         def means(sums):
             experts, shared = sums
-            rows = jnp.stack([tokens, _few(clients) ** few_holders]) if few_holders else tokens[None]
+            rows = jnp.stack([tokens, _few(clients, len(groups(experts))) ** few_holders]) if few_holders else tokens[None]
             return map_groups(per_expert, groups(experts), rows, experts), jax.tree.map(lambda a: a / jnp.maximum(examples, 1), shared)
 
         if not agreement:
@@ -79,7 +79,8 @@ def mean(*, agreement: float = 0.0, few_holders: float = 0.0) -> Aggregator:
     )
 
 
-def _few(clients: Float[Array, " all_experts"]) -> Float[Array, " all_experts"]:
-    """How many clients trained each expert, over the mean of those that any did, at most 1."""
-    trained = clients > 0
-    return jnp.minimum(clients * trained.sum() / jnp.maximum(clients.sum(), 1), 1.0)
+def _few(clients: Float[Array, " all_experts"], num_groups: int) -> Float[Array, " all_experts"]:
+    """How many clients trained each expert, over the mean of those of its group that any did, at most 1."""
+    clients = by_group(clients, num_groups)
+    trained, total = (clients > 0).sum(axis=-1, keepdims=True), clients.sum(axis=-1, keepdims=True)
+    return jnp.minimum(clients * trained / jnp.maximum(total, 1), 1.0).ravel()

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 T = TypeVar("T")
 
 _PARTS = 1 << 7  # of a step, that are told apart
-_AHEAD = 2  # steps that no part can make up for
+_AHEAD = 3  # steps that stand for any more: parts make up for less than two
 
 STEPS = 1 << 23
 """Values are integers from 0 to this."""
@@ -39,8 +39,8 @@ def apply_if(condition: Bool[Array, ""], function: Callable[[T], T], x: T) -> T:
 class Problem(NamedTuple):
     """Values lie in 0 to `steps`; each client above `upper` or below `lower` costs `fine`.
 
-    `part` is what a value is more than its integer, from 0 to 1, by which Newton's method tells clients apart that differ by less
-    than a step. Repairs do without, so that a client can hold an expert that is worth a step less to it than another.
+    `part` is what a value is more than its integer, from 0 to 1, by which clients are told apart that differ by less than a step.
+    Repairs do without, so that a client can hold an expert that is worth a step less to it than another.
     """
 
     value: Int[Array, "expert client"]
@@ -66,8 +66,9 @@ def plan_at(problem: Problem, prices, part) -> Plan:
     prices = jnp.clip(prices, -problem.fine, problem.fine)
     worth = jnp.where(problem.allowed, problem.value - prices[:, None], -FAR)
     ahead = jnp.clip(worth - least(worth, problem.slots), -_AHEAD, _AHEAD)
-    fine = ahead * _PARTS + jnp.round((problem.part - part[:, None]) * _PARTS).astype(jnp.int32)
-    mask = _best(fine, problem.slots) & problem.allowed
+    beside = jnp.round((problem.part - part[:, None]) * _PARTS).astype(jnp.int32)
+    rank = ahead * _PARTS + jnp.clip(beside, -_PARTS // 2, 3 * _PARTS // 2 - 1)
+    mask = _best(rank, problem.slots) & problem.allowed
     load = mask.sum(axis=1, dtype=jnp.int32)
     prices = _level(problem, prices, load)
     return Plan(mask, prices, excess(problem, prices, load)[1])
@@ -104,11 +105,11 @@ def least(worth: Int[Array, "expert client"], slots: Int[Array, " client"], far:
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     start = jnp.full(slots.shape, -far), jnp.full(slots.shape, far)
-    return lax.fori_loop(0, far.bit_length(), halve, start)[0]
+    return lax.fori_loop(0, (2 * far - 1).bit_length(), halve, start)[0]
 
 
 def surplus(plan: Plan) -> Int[Array, ""]:
-    """Clients that are too many somewhere; 0 means optimal. As many are too few elsewhere."""
+    """Clients that are too many somewhere; 0 means optimal, to within a step. As many are too few elsewhere."""
     return jnp.maximum(plan.excess, 0).sum()
 
 

@@ -46,7 +46,7 @@ def _among_near(problem: Problem, plan: Plan, count: int) -> Plan:
     worth = jnp.where(problem.allowed, problem.value - plan.prices[:, None], -FAR)
     least, best = jnp.where(plan.mask, worth, FAR).min(axis=0), jnp.where(plan.mask, -FAR, worth).max(axis=0)
     margins, near = lax.top_k(jnp.maximum(best - least, -FAR), count + 1)
-    near, limit = near[:-1], _SLACK * jnp.minimum(-margins[-1], FAR // _SLACK)
+    near, limit = near[:-1], _SLACK * jnp.clip(-margins[-1], 0, FAR // _SLACK)
     part = problem._replace(value=problem.value[:, near], allowed=problem.allowed[:, near], slots=problem.slots[near])
     mask = plan.mask[:, near]
     outside = plan.mask.sum(axis=1, dtype=jnp.int32) - mask.sum(axis=1, dtype=jnp.int32)
@@ -122,9 +122,9 @@ def _costs(problem: Problem, plan: Plan, load, worth) -> Int[Array, "node node"]
     to_bank = jnp.where(taken < problem.lower, -fine, jnp.where(taken < problem.upper, 0, fine)) - plan.prices
     from_bank = jnp.where(taken > problem.upper, -fine, jnp.where(taken > problem.lower, 0, fine)) + plan.prices
     from_bank = jnp.where(taken > 0, from_bank, FAR)
-    swap = jnp.where(swap < FAR // 2, swap, FAR)  # nobody can swap: what is left of FAR
+    swap = jnp.where(swap < FAR // 2, jnp.maximum(swap, 0), FAR)  # of who holds a step less; nobody can swap: what is left of FAR
     cost = jnp.block([[swap, to_bank[:, None]], [from_bank[None, :], jnp.full((1, 1), FAR)]])
-    return jnp.clip(cost, 0, FAR)
+    return jnp.minimum(cost, FAR)
 
 
 def _shortest_paths(cost, excess) -> tuple[Int[Array, " node"], Int[Array, " node"]]:

@@ -1,4 +1,4 @@
-"""The transportation problem of the assignment, solved exactly on device.
+"""The transportation problem of the assignment, solved on device, to within a step of its integers.
 
 Newton's method on a smoothed dual finds nearly optimal prices of the experts (`newton`); each client takes its best
 experts at these prices (`flow`); the few clients that are then too many move along shortest paths, which keeps the
@@ -28,7 +28,8 @@ def solve(problem: flow.Problem, prices: Float[Array, " expert"]) -> tuple[Bool[
         shift, _, prices, _ = state
         steps = problem.steps >> shift
         fine = jnp.where(shift > 0, steps * (num_experts + 1), problem.fine)
-        rounded = problem._replace(value=problem.value >> shift, steps=steps, fine=fine)
+        part = ((problem.value & ((1 << shift) - 1)) + problem.part) / (1 << shift)
+        rounded = problem._replace(value=problem.value >> shift, steps=steps, fine=fine, part=part)
         start = jnp.round(prices / jnp.exp2(shift)).astype(jnp.int32)
         plan = _optimum(rounded, start)
         load = plan.mask.sum(axis=1)

@@ -65,7 +65,8 @@ def _turns(computation: str, callers: dict[str, tuple[str, int | None]]) -> int 
 
 def _one(operation: re.Match, line: str, times: int | None, num_devices: int) -> Collective:
     kind, arrays = operation[2], _ARRAY.findall(operation[1])
-    tells_operands = kind != "all-reduce" or operation[1].startswith("((")  # a sum may also tell its results alone
+    operands = line[operation.end() :].partition(")")[0].count("%")
+    tells_operands = kind != "all-reduce" or len(arrays) >= 2 * operands  # a sum may also tell its results alone
     if operation[3] and tells_operands:  # before the results, and counters after them
         arrays = [array for array in arrays if array != ("u32", "")]
         arrays = arrays[len(arrays) // 2 :]

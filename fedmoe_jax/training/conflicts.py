@@ -14,7 +14,9 @@ def problem(config: Any, name: str, value: Any) -> str | None:
         return f"must be below 0.5, got {value}"
     if name == "rotate" and value and config.compress_bits is None and config.broadcast_bits is None:
         return "must be false where neither compress_bits nor broadcast_bits is given"
-    if name in ("agreement", "few_holders") and value and (compresses or getattr(config, "aggregator", "mean") != "mean"):
+    if name == "few_holders" and value and getattr(config, "aggregator", "mean") != "mean":
+        return "must be 0 with any aggregator but mean"
+    if name == "agreement" and value and (compresses or getattr(config, "aggregator", "mean") != "mean"):
         return "must be 0 with compress_share, where most numbers are not sent, and with any aggregator but mean"
     if name == "compress_bits" and value < 3 and compresses:
         return f"must be at least 3 with compress_share, since errors of fewer add up, got {value}"
@@ -57,7 +59,7 @@ def _of_sums(config, name):
     if config.aggregator != "mean" or config.agreement or config.few_holders:
         return "goes with aggregator mean, agreement 0 and few_holders 0 only, since no more than a sum is known of updates"
     if config.control_variates or config.router in ("statistics", "distilled"):
-        beside = "control_variates" if config.control_variates else "router statistics"
+        beside = "control_variates" if config.control_variates else f"router {config.router}"
         return f"does not go with {beside}: what clients return for it is not protected"
     if name == "secure_bits" and config.min_holders < 2:
         return "needs min_holders of at least 2: the sum over one holder is its update"

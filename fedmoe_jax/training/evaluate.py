@@ -34,6 +34,8 @@ def global_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
     parts = setup.parts
     experts = len(groups(parts.experts)) * num_experts(parts.experts)
     size, distilled = min(_BATCH, len(setup.test[0])), setup.config.router == "distilled"
+    if distilled:
+        distil.routers(setup.model)
 
     def one(weights, routers, x, y, rows, key):
         mask = rows < x.shape[0]
@@ -48,15 +50,15 @@ def global_evaluation(setup: Setup) -> Callable[[State], dict[str, Any]]:
         return jnp.where(mask, loss, 0).sum(), jnp.where(mask, correct, 0).sum()
 
     @jax.jit
-    def evaluate(state, x, y):
-        routers = None if state.statistics is None or distilled else posterior.posteriors(state.statistics)
-        weights = global_weights(setup, state)
+    def evaluate(weights, statistics, x, y, key):
+        routers = None if statistics is None else posterior.posteriors(statistics)
         index = jnp.arange(-(-x.shape[0] // size) * size).reshape(-1, size)
-        sums = jax.lax.map(lambda rows: one(weights, routers, x, y, rows, state.key), index)
+        sums = jax.lax.map(lambda rows: one(weights, routers, x, y, rows, key), index)
         return jax.tree.map(lambda values: values.sum() / x.shape[0], sums)
 
     def run(state: State) -> dict[str, Any]:
-        loss, correct = evaluate(state, *setup.test)
+        statistics = None if distilled else state.statistics
+        loss, correct = evaluate(global_weights(setup, state), statistics, *setup.test, state.key)
         return {"eval_loss": float(loss), "eval_accuracy": float(correct)}
 
     return run
