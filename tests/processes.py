@@ -89,13 +89,21 @@ def together(folder, number, reference, slurm=False):
     )
 
 
+def saved(out, after, running):
+    """Waits for a checkpoint of a later round, as long as all run."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until and all(process.poll() is None for process in running):
+        if any(int(folder.name) > after for folder in out.glob("checkpoints/[0-9]*") if folder.name.isdigit()):
+            return
+        time.sleep(0.05)
+    raise RuntimeError(f"no checkpoint after round {after} in {out}")
+
+
 def killed(folder, victim, then, reference):
     """One process of two is killed in training; the other ends, and `then` processes go on."""
     out = folder / f"killed-{victim}-{then}"
     both = start(out, 2)
-    until = time.monotonic() + PATIENCE
-    while not list(out.glob("checkpoints/[0-9]*")) and time.monotonic() < until:
-        time.sleep(0.05)
+    saved(out, 0, both)
     both[victim].send_signal(signal.SIGKILL)
     start_of_wait = time.monotonic()
     _, error = both[1 - victim].communicate(timeout=PATIENCE)
@@ -111,13 +119,20 @@ def killed(folder, victim, then, reference):
 
 
 def moved(folder, numbers, reference):
-    """A run that goes on with another number of processes every four rounds."""
-    out = folder / "moved"
-    statuses = []
-    for turn, number in enumerate(numbers, 1):
-        done = ended(start(out, number, "--rounds", str(4 * turn), *["--resume"] * (turn > 1)))
-        statuses += [status for status, *_ in done]
-    return dict(check="moved", processes=numbers, statuses=statuses, apart=apart(out, reference))
+    """A run that is stopped and goes on with another number of processes, each time after a checkpoint."""
+    out, stopped, rounds = folder / "moved", [], []
+    for turn, number in enumerate(numbers):
+        running = start(out, number, *["--resume"] * (turn > 0))
+        if turn < len(numbers) - 1:
+            saved(out, rounds[-1] if rounds else 0, running)
+            for process in running:
+                process.send_signal(signal.SIGTERM)
+        statuses = [status for status, *_ in ended(running)]
+        stopped.append(statuses)
+        rounds.append(len(records(out)))
+    return dict(
+        check="moved", processes=numbers, stopped=stopped[:-1], statuses=stopped[-1], rounds=rounds, apart=apart(out, reference)
+    )  # fmt: skip
 
 
 def campaign(folder):

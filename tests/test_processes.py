@@ -49,7 +49,10 @@ def looks_right(results):
         assert set(line["statuses"]) == {0} and line["apart"] < 1e-3, line
         if line["check"] == "together":
             assert line["lines"][0] > 3 and not any(line["lines"][1:]), line
-        if line["check"] == "killed":
+        elif line["check"] == "moved":
+            assert line["rounds"][0] < line["rounds"][1] < line["rounds"][2] == 12, line
+            assert {status for each in line["stopped"] for status in each} == {143}, line
+        else:
             assert line["status"] != 0 and line["seconds"] < 60 and line["said"] and line["rounds"] < 12, line
 
 
