@@ -172,7 +172,8 @@ OPTIONS = {
         aggregator=fm.aggregation.chain(fm.aggregation.sparsify(share=0.5), fm.aggregation.quantize(bits=8), fm.aggregation.mean())
     ),
     "broadcast": dict(broadcast=fm.aggregation.quantize(bits=8, rotate=True)),
-    "agreement": dict(aggregator=fm.aggregation.mean(agreement=0.5, few_holders=1.0)),
+    "agreement": dict(aggregator=fm.aggregation.mean(agreement=0.5)),
+    "few holders": dict(aggregator=fm.aggregation.mean(few_holders=1.0)),
     "median": dict(aggregator=fm.aggregation.median()),
     "multi-krum": dict(aggregator=fm.aggregation.krum(byzantine=0.2, keep=None)),
     "rejected": dict(reject_above=0.05),

@@ -153,7 +153,7 @@ def test_meshes_that_cannot_be_are_refused():
 
 
 def looks_right(lines):
-    assert len(lines) == 8 * 10 + 15 and {line["clients"] * line["experts"] for line in lines} == {1, 2, 4, 8}
+    assert len(lines) == 8 * 10 + 16 and {line["clients"] * line["experts"] for line in lines} == {1, 2, 4, 8}
     for line in lines:  # Adam magnifies the rounding of gradients that are about as small as its epsilon
         assert max(line["state"], line["info"]) < (1e-3 if line["check"] == "adam" else 2e-5), line
 

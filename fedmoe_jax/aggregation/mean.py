@@ -8,6 +8,7 @@ from fedmoe_jax import kernels
 from fedmoe_jax.base import Aggregator, ClientUpdate
 from fedmoe_jax.experts import by_group, combine, groups, map_groups, num_experts
 from fedmoe_jax.mass import Law
+from fedmoe_jax.sharding import EXPERT
 
 
 def mean(*, agreement: float = 0.0, few_holders: float = 0.0) -> Aggregator:
@@ -82,5 +83,13 @@ def mean(*, agreement: float = 0.0, few_holders: float = 0.0) -> Aggregator:
 def _few(clients: Float[Array, " all_experts"], num_groups: int) -> Float[Array, " all_experts"]:
     """How many clients trained each expert, over the mean of those of its group that any did, at most 1."""
     clients = by_group(clients, num_groups)
-    trained, total = (clients > 0).sum(axis=-1, keepdims=True), clients.sum(axis=-1, keepdims=True)
+    trained, total = (_of_all_experts(each.sum(axis=-1, keepdims=True)) for each in (clients > 0, clients))
     return jnp.minimum(clients * trained / jnp.maximum(total, 1), 1.0).ravel()
+
+
+def _of_all_experts(total: Array) -> Array:
+    """The sum over the devices that experts are spread over, if they are."""
+    try:
+        return jax.lax.psum(total, EXPERT)
+    except NameError:  # no mesh
+        return total
