@@ -157,6 +157,7 @@ def test_bad_bounds_stay_finite_inside_jit():
 def test_vmap_over_problems_that_need_different_repairs(monkeypatch):
     """Also where only some of the clients are near a change, and some problems are done before others."""
     monkeypatch.setattr(repair, "_NEAR", 8)
+    monkeypatch.setattr(repair, "_LARGE", 0)
     jax.clear_caches()
     rng = np.random.default_rng(0)
     names = ["uniform", "near ties", "rank one", "popular", "groups", "all equal", "forbidden", "negative"]
@@ -189,6 +190,7 @@ def test_fitness_of_any_size(scale):
 def test_bounds_that_must_be_broken_are_broken_least_with_few_clients_near(monkeypatch):
     """Many experts that nobody may hold, or that need more clients than there are, and few clients near a change."""
     monkeypatch.setattr(repair, "_NEAR", 8)
+    monkeypatch.setattr(repair, "_LARGE", 0)
     problems, clients, experts = 64, 300, 10
     rng = np.random.default_rng(7)
     fitness = (rng.random((problems, clients, experts)) + 2 * rng.random((problems, 1, experts))).astype(np.float32)

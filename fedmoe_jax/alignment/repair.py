@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Int
 
 from fedmoe_jax.alignment.flow import FAR, Plan, Problem, apply_if, excess, surplus
 
-_NEAR, _SHARE = 1024, 16  # a repair looks first among so many clients, or one in so many
+_NEAR, _SHARE = 1024, 16  # a repair of a large problem looks first among so many clients, or one in so many
+_LARGE = 1 << 26  # swaps of experts that clients could make; below, to look among all of them takes no longer and compiles sooner
 _ROWS = 8  # experts whose arcs are computed side by side
 _SLACK = 4  # times the cost of a change outside by which prices may change before the nearest are chosen anew
 _RELAXATIONS = 4  # between two looks whether there was any use in them
@@ -20,7 +21,7 @@ _RELAXATIONS = 4  # between two looks whether there was any use in them
 def repair(problem: Problem, plan: Plan) -> Plan:
     """Moves clients along shortest paths until the plan leaves no expert with too many or too few.
 
-    It looks among the clients that nearly moved already first, and among all of them where that does not help.
+    In a large problem it looks among the clients that nearly moved already first, and among all of them where that does not help.
     """
     num_experts, num_clients = problem.value.shape
     nobody = jnp.zeros(num_experts, jnp.int32)
@@ -35,7 +36,8 @@ def repair(problem: Problem, plan: Plan) -> Plan:
         found = jax.tree.map(lambda new, old: jnp.where(better, new, old), found, plan)
         return apply_if(~better & (surplus(plan) > 0), among_all, found)
 
-    return lax.while_loop(lambda plan: surplus(plan) > 0, among_all if num_clients <= count else step, plan)
+    large = num_clients > count and num_clients * num_experts**2 > _LARGE
+    return lax.while_loop(lambda plan: surplus(plan) > 0, step if large else among_all, plan)
 
 
 def _among_near(problem: Problem, plan: Plan, count: int) -> Plan:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fedmoe_jax.alignment import flow, newton
 from fedmoe_jax.alignment.repair import repair
 
-_FEW = 0.5  # moving so few clients, for each expert, takes less time than Newton's method
+_FEW = 0.05  # clients too many, for each expert, up to which moving them takes less time than Newton's method
 
 
 def solve(problem: flow.Problem, prices: Float[Array, " expert"]) -> tuple[Bool[Array, "expert client"], Float[Array, " expert"]]:
