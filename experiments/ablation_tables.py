@@ -82,7 +82,7 @@ def one_thing(cells, changed):
 
 def faster(cells, changed):
     """A row for each cell and each way to learn fitness sooner: what the target of plain serving took, and how much less that is."""
-    head = ["cell and change", "rounds", "MB", *(f"rounds less {name}" for name in RIVALS), f"MB less {BASE}", "clients", "clients, prior"]
+    head = ["cell and change", "rounds", "MB", *(f"{cost} less {name}" for cost in ("rounds", "MB") for name in RIVALS), "clients", "clients, prior"]
     head += ["CV of tokens", "least trained"]
     rows = []
     for cell, result in cells.items():
@@ -92,12 +92,11 @@ def faster(cells, changed):
         base = result["runs"]
         goal = outcome.goals(base)[PLAIN]
         rows.append(
-            [f"**{outcome.title(result['config'])}**, {BASE}", *outcome.costs(base[BASE], PLAIN, goal)[:2], *[""] * 4, *_ends(base[BASE])]
+            [f"**{outcome.title(result['config'])}**, {BASE}", *outcome.costs(base[BASE], PLAIN, goal)[:2], *[""] * 6, *_ends(base[BASE])]
         )
         for name, runs in ({UNCHANGED: base} | found).items():
             ours = _paired(f"{cell}+{name}", runs, base[OURS])[OURS]
-            shares = [outcome.share(ours, base[rival], "round", PLAIN, goal) for rival in RIVALS]
-            shares.append(outcome.share(ours, base[BASE], "bytes", PLAIN, goal))
+            shares = [outcome.share(ours, base[rival], cost, PLAIN, goal) for cost in ("round", "bytes") for rival in RIVALS]
             rows.append([_code(name), *outcome.costs(ours, PLAIN, goal)[:2], *shares, *_ends(ours)])
     return outcome.table(head, rows) if rows else NONE
 

@@ -24,24 +24,30 @@ def savings(results):
 
 
 def variants_of(results):
-    """The seeds of each variant, (aligner, compression), of each cell that has `full` without compression."""
+    """What each cell is that has `full` without compression, the seeds of its variants, (aligner, compression), and where they ran."""
     found = {}
     for name, result in results.items():
         cell, *changes = name.split("+")
         if LINKS not in changes:
             raise ValueError(f"{name}: only cells with `{LINKS}` can be compared")
         compression = "+".join(change for change in changes if change != LINKS)
-        _, runs = found.setdefault(cell, (result["config"], {}))
-        runs |= {(aligner, compression): seeds for aligner, seeds in result["runs"].items()}
+        _, runs, devices = found.setdefault(cell, (result["config"], {}, {}))
+        for aligner, seeds in result["runs"].items():
+            runs[aligner, compression] = seeds
+            devices[aligner, compression] = result["made"][aligner]["device"]
     return {cell: each for cell, each in found.items() if (FULL, "") in each[1]}
 
 
 def _savings(cell, variants):
-    config, runs = variants
+    config, runs, devices = variants
+    for (aligner, compression), seeds in [*runs.items()]:
+        for name, served in outcome.served_fittest({aligner: seeds}).items():
+            runs |= {(name, compression): served}
+            devices |= {(name, compression): devices[aligner, compression]}
     full = runs[FULL, ""]
     goal = TARGET_SHARE * np.mean([run[PRIOR][-1] for run in full])
     head = [outcome.title(config), "clients", "clients, prior", f"less `{FULL}`, prior", "global", "MB", f"`{FULL}` / this", "simulated s"]
-    head += [f"rounds to {100 * goal:.1f}%, prior", "MB to it"]
+    head += [f"rounds to {100 * goal:.1f}%, prior", "MB to it", "on"]
     megabytes = np.mean(outcome.total(full, "bytes")) / 1e6
     body = []
     for (aligner, compression), seeds in sorted(runs.items(), key=lambda item: -np.mean(outcome.total(item[1], "bytes"))):
@@ -58,6 +64,7 @@ def _savings(cell, variants):
                 f"{np.mean(outcome.total(seeds, 'simulated_seconds')):.0f}",
                 rounds,
                 until,
+                devices[aligner, compression].removeprefix("1 x ").removeprefix("NVIDIA "),
             ]
         )
     return outcome.table(head, body)
@@ -73,8 +80,8 @@ def curves(results, path):
     cells = variants_of(results)
     figure = Figure(figsize=(6.4 * max(len(cells), 1), 4.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    aligners, links = (list(dict.fromkeys(key[place] for _, runs in cells.values() for key in runs)) for place in (0, 1))
-    for axes, (config, runs) in zip(figure.subplots(1, len(cells), squeeze=False)[0], cells.values(), strict=True):
+    aligners, links = (list(dict.fromkeys(key[place] for _, runs, _ in cells.values() for key in runs)) for place in (0, 1))
+    for axes, (config, runs, _) in zip(figure.subplots(1, len(cells), squeeze=False)[0], cells.values(), strict=True):
         for (aligner, compression), seeds in sorted(runs.items(), key=lambda item: (aligners.index(item[0][0]), links.index(item[0][1]))):
             place = links.index(compression)
             megabytes = np.mean([run["bytes"] for run in seeds], axis=0) / 1e6

@@ -2,10 +2,9 @@
 
 from experiments import outcome
 from experiments.outcome import BASE, FITTEST, FREE, GLOBAL, OURS, PAPER, PLAIN, PRIOR
-from fedmoe_jax.training.comparison import TARGET_SHARE
+from fedmoe_jax.training.comparison import TARGET_SHARE, mean_interval
 
-SHOWN = (BASE, "load_only", PAPER, FREE, OURS)
-SERVED = (BASE, FITTEST, *SHOWN[1:])
+SERVED = (BASE, FITTEST, "load_only", PAPER, FREE, OURS)
 FINAL = {
     "global": GLOBAL,
     "clients": PLAIN,
@@ -39,11 +38,38 @@ def factors(cells):
     bases = {result["cell"].split("+")[0] for result in changed}
     rows = [_factors_row(result) for result in results if result["cell"].split("+")[0] in bases]
     less = [f"{OURS} less {BASE}", "the same, prior", "the same, global", f"{OURS} less {PAPER}, prior"]
-    head = ["cell and factor", *SHOWN, *less]
+    head = ["cell and factor", *SERVED, *less]
     return (
         f"Accuracy of clients in percent, plain / with label prior; differences in points on the same seeds. The processes of the cells "
         f"with a factor took {outcome.minutes(changed)} in all.\n\n{outcome.table(head, rows)}"
     )
+
+
+def against_greedy(cells):
+    """A row for each cell: what weighing the load costs clients beside greedy assignment on the same fitness, and what it evens out."""
+    head = ["cell", "clients", "clients, prior", "worst decile", "worst decile, prior", f"CV, {FREE} / {OURS}"]
+    head += [f"least trained, {name}" for name in (OURS, FREE)]
+    rows = []
+    for result in _checked(cells):
+        runs = result["runs"]
+        if {OURS, FREE} <= set(runs):
+            less = [_less(runs, FREE, FINAL[metric]) for metric in head[1:5]]
+            mine, theirs = (mean_interval([run["load_cv_total"][-1] for run in runs[name]])[0] for name in (OURS, FREE))
+            least = [outcome.number(runs[name], "load_least_total") for name in (OURS, FREE)]
+            rows.append([_named(result), *less, f"{theirs / mine:.1f}", *least])
+    return f"`{OURS}` less `{FREE}`, in points on the same seeds.\n\n{outcome.table(head, rows)}" if rows else NONE
+
+
+def repeats(cells, again):
+    """A row for each aligner and cell that was run a second time."""
+    head = ["cell", "aligner", "clients", "again", "clients, prior", "again", "global", "again"]
+    rows = [
+        [_named(result), name, *(outcome.accuracy(each, metric) for metric in (PLAIN, PRIOR, GLOBAL) for each in (first, seeds))]
+        for cell, result in again.items()
+        for name, seeds in result["runs"].items()
+        for first in [cells[cell]["runs"][name]]
+    ]
+    return outcome.table(head, rows) if rows else NONE
 
 
 def details(cells):
@@ -63,6 +89,10 @@ def _less(runs, others, metric):
     return outcome.gain(runs[OURS], runs[others], metric) if {OURS, others} <= set(runs) else "–"
 
 
+def _named(result):
+    return ", ".join([outcome.title(result["config"]), *(f"`{name}`" for name in outcome.factors(result))])
+
+
 def _summary_row(result):
     runs = outcome.served_fittest(result["runs"])
     goal = outcome.goals(runs)[PRIOR]
@@ -74,10 +104,10 @@ def _summary_row(result):
 
 
 def _factors_row(result):
-    runs, names = result["runs"], outcome.factors(result)
+    runs, names = outcome.served_fittest(result["runs"]), outcome.factors(result)
     both = [
         " / ".join(outcome.accuracy(runs[name], metric, interval=False) for metric in (PLAIN, PRIOR)) if name in runs else "–"
-        for name in SHOWN
+        for name in SERVED
     ]
     pairs = ((BASE, PLAIN), (BASE, PRIOR), (BASE, GLOBAL), (PAPER, PRIOR))
     less = [_less(runs, name, metric) for name, metric in pairs]

@@ -12,7 +12,7 @@ CURVES = outcome.RESULTS / "alignment" / "curves.png"
 BYTES = outcome.RESULTS / "communication" / "bytes.png"
 
 
-def rendered(cells, changed, compressed):
+def rendered(cells, changed, compressed, again):
     """What belongs in each file, by mark.
 
     Args:
@@ -23,6 +23,8 @@ def rendered(cells, changed, compressed):
     return {
         HERE / "README.md": {
             "cells": grid_tables.summary(cells),
+            "greedy": grid_tables.against_greedy({name: result for name, result in cells.items() if not outcome.factors(result)}),
+            "repeats": grid_tables.repeats(cells, again),
             "factors": grid_tables.factors(cells),
             "global model": ablation_tables.best_models(cells, changed),
             "faster": ablation_tables.faster(cells, changed),
@@ -57,8 +59,8 @@ def put(text, parts):
 
 
 def main():
-    cells, changed, compressed = (outcome.read(name) for name in ("alignment", "ablations", "communication"))
-    for path, parts in rendered(cells, changed, compressed).items():
+    cells, changed, compressed, again = (outcome.read(name) for name in ("alignment", "ablations", "communication", "repeats"))
+    for path, parts in rendered(cells, changed, compressed, again).items():
         path.write_text(put(path.read_text(), parts))
     base = [result for result in cells.values() if not outcome.factors(result)]
     if communication_tables.variants_of(compressed):

@@ -151,8 +151,23 @@ def test_each_cell_stands_before_its_factors_in_the_table_of_factors():
     (rows,) = rows_of(text).values()
     assert list(rows) == ["**Fashion-MNIST, feature shift**", "`phones`"] and "took 1 minutes in all" in text
     row = rows["`phones`"]
-    assert row["random"] == "50.0 / 37.5" and row["load_only"] == row["balanced less paper-style greedy, prior"] == "–"
+    assert row["random"] == "50.0 / 37.5" and row[outcome.FITTEST] == "75.0 / 56.2" and row["load_only"] == row["balanced less paper-style greedy, prior"] == "–"
     assert [row[name].split()[0] for name in ("balanced less random", "the same, prior", "the same, global")] == ["+10.0", "+7.5", "+5.0"]
+
+
+def test_what_weighing_the_load_costs_and_evens_out_beside_greedy():
+    cells = {"some": ABOUT | {"cell": "some", "runs": RUNS}, "other": ABOUT | {"cell": "other", "runs": {"random": RUNS["random"]}}}
+    (rows,) = rows_of(grid_tables.against_greedy(cells)).values()
+    (row,) = rows.values()
+    assert row["clients"] == f"+10.0 ± {half(40, -20):.1f}" and row["worst decile, prior"] == f"+1.2 ± {half(5, -2.5):.1f}"
+    assert row["CV, greedy / balanced"] == "0.8" and row["least trained, balanced"] == f"0.540 ± {half(0.45, 0.63):.3f}"
+
+
+def test_what_was_run_again_stands_beside_the_first_time():
+    cells = {"some+phones": ABOUT | {"cell": "some+phones", "runs": RUNS}}
+    again = {"some+phones": cells["some+phones"] | {"runs": {"balanced": RUNS["greedy"]}}}
+    (line,) = grid_tables.repeats(cells, again).splitlines()[2:]
+    assert line.strip("| ").split(" | ")[:4] == ["Fashion-MNIST, feature shift, `phones`", "balanced", *(f"60.0 ± {half(50, 70):.1f}", f"50.0 ± {half(10, 90):.1f}")]
 
 
 CELL = "fashion_both"
@@ -233,7 +248,8 @@ def test_rounds_with_more_probes_are_compared_with_those_of_rivals_to_the_same_t
     assert list(rows) == ["**Fashion-MNIST, feature shift**, random", "unchanged", "`three_probes`"]
     assert [rows[name]["rounds"] for name in rows] == ["8", "3", "2"]
     row = rows["`three_probes`"]
-    assert row["rounds less random"] == row["MB less random"] == row["rounds less load_only"] == "-75% ± 0"
+    assert row["rounds less random"] == row["MB less random"] == row["rounds less load_only"] == row["MB less load_only"] == "-75% ± 0"
+    assert row["MB less paper-style greedy"] == "+0% ± 0"
     assert row["rounds less paper-style greedy"] == "+0% ± 0" and row["clients"] == f"56.0 ± {half(52, 60):.1f}"
     assert row["least trained"] == f"0.504 ± {half(0.468, 0.54):.3f}"
 
@@ -266,7 +282,7 @@ def test_changes_that_cannot_be_compared_are_named(runs):
 
 
 def test_without_results_there_are_no_tables():
-    for parts in tables.rendered({}, {}, {}).values():
+    for parts in tables.rendered({}, {}, {}, {}).values():
         assert all(text in (grid_tables.NONE, ablation_tables.NONE) for text in parts.values())
 
 
@@ -278,7 +294,8 @@ def compressed(*names):
         runs = {
             aligner: [run | {"bytes": [each / less for each in run["bytes"]]} for run in RUNS[aligner]] for aligner in ("balanced", "full")
         }
-        results[name] = ABOUT | {"cell": name, "runs": runs}
+        made = dict.fromkeys(runs, {"device": "1 x NVIDIA H200"})
+        results[name] = ABOUT | {"cell": name, "runs": runs, "made": made}
     return results
 
 
@@ -288,7 +305,7 @@ def test_what_travels_is_compared_with_all_experts_and_no_compression():
     assert head == "Fashion-MNIST, feature shift" and "These 2" not in text and "these 2 files took 2 minutes" in text
     assert list(rows) == ["`balanced`", "`full`", "`balanced`, `int8`", "`full`, `int8`"]
     row = rows["`balanced`, `int8`"]
-    assert [row[name] for name in ("MB", "`full` / this", "simulated s")] == ["2", "4.0", "80"]
+    assert [row[name] for name in ("MB", "`full` / this", "simulated s", "on")] == ["2", "4.0", "80", "H200"]
     assert row["less `full`, prior"] == f"+7.5 ± {half(0, 15):.1f}" and rows["`full`"]["less `full`, prior"] == ""
     assert rows["`full`"]["rounds to 37.1%, prior"] == "2" and row["MB to it"] == rows["`balanced`, `int8`"]["MB to it"] == "1"
 
@@ -313,7 +330,7 @@ def test_what_stands_between_marks_is_replaced_and_marks_that_are_missing_are_na
 
 
 def test_the_tables_are_those_of_the_results():
-    for path, parts in tables.rendered(*map(outcome.read, ("alignment", "ablations", "communication"))).items():
+    for path, parts in tables.rendered(*map(outcome.read, ("alignment", "ablations", "communication", "repeats"))).items():
         text = path.read_text()
         assert text == tables.put(text, parts), f"{path} is not up to date: python -m experiments.tables"
         links = [link.partition(")")[0].partition("#")[0] for link in text.split("](")[1:]]
