@@ -82,8 +82,8 @@ def one_thing(cells, changed):
 
 def faster(cells, changed):
     """A row for each cell and each way to learn fitness sooner: what the target of plain serving took, and how much less that is."""
-    head = ["cell and change", "rounds", "MB", *(f"{cost} less {name}" for cost in ("rounds", "MB") for name in RIVALS), "clients", "clients, prior"]
-    head += ["CV of tokens", "least trained"]
+    head = ["cell and change", "rounds", "MB", *(f"{cost} less {name}" for cost in ("rounds", "MB") for name in RIVALS)]
+    head += ["clients", "clients, prior", "CV of tokens", "least trained"]
     rows = []
     for cell, result in cells.items():
         found = {name: changed[f"{cell}+{name}"]["runs"] for name in plan.FASTER if f"{cell}+{name}" in changed}

@@ -169,6 +169,28 @@ def test_vmap_over_problems_that_need_different_repairs(monkeypatch):
     jax.clear_caches()
 
 
+def test_clients_in_blocks_get_the_best_too(monkeypatch):
+    """Four blocks, of which the last is not full; Newton's prices are those of all clients at once but for rounding."""
+    rng = np.random.default_rng(0)
+    values = jnp.asarray(rng.integers(0, flow.STEPS, (EXPERTS, 61)), jnp.int32)
+    bound = jnp.full(EXPERTS, 61 * 2 // EXPERTS)
+    whole = flow.Problem(values, jnp.asarray(rng.random(values.shape) < 0.9), jnp.asarray(rng.integers(0, 4, 61)), bound, bound + 5)
+    before = newton.prices(whole)
+    monkeypatch.setattr(flow, "_WHOLE", 0)
+    monkeypatch.setattr(flow, "_BLOCK", EXPERTS * 16)
+    jax.clear_caches()
+    assert flow.num_blocks(EXPERTS, 61) == 4
+    near = [np.asarray(prices + part) for prices, part in (before, newton.prices(whole))]
+    np.testing.assert_allclose(*near, atol=1e-4 * flow.STEPS)
+    for name in FAMILIES:
+        slots = rng.integers(0, EXPERTS + 1, 61)
+        check(family(name, 61, EXPERTS, rng), slots, *bounds("around the mean", int(slots.sum()), EXPERTS, rng))
+    together = jax.tree.map(lambda *rows: jnp.stack(rows), *[problem(seed) for seed in range(2)])
+    mapped = jax.vmap(lambda p: assign.balanced(*p))(together)
+    np.testing.assert_array_equal(mapped, jnp.stack([assign.balanced(*problem(seed)) for seed in range(2)]))
+    jax.clear_caches()
+
+
 def test_fitness_at_the_end_of_float32_is_as_good_as_any_large_number():
     values = jnp.where(jnp.arange(40)[:, None] % 2 == jnp.arange(2), 3e38, -3e38)
     mask, info = assign.balanced(values, jnp.ones(40, int), jnp.full(2, 20), jnp.full(2, 20), return_info=True)

@@ -151,7 +151,8 @@ def test_each_cell_stands_before_its_factors_in_the_table_of_factors():
     (rows,) = rows_of(text).values()
     assert list(rows) == ["**Fashion-MNIST, feature shift**", "`phones`"] and "took 1 minutes in all" in text
     row = rows["`phones`"]
-    assert row["random"] == "50.0 / 37.5" and row[outcome.FITTEST] == "75.0 / 56.2" and row["load_only"] == row["balanced less paper-style greedy, prior"] == "–"
+    assert row["random"] == "50.0 / 37.5" and row[outcome.FITTEST] == "75.0 / 56.2"
+    assert row["load_only"] == row["balanced less paper-style greedy, prior"] == "–"
     assert [row[name].split()[0] for name in ("balanced less random", "the same, prior", "the same, global")] == ["+10.0", "+7.5", "+5.0"]
 
 
@@ -167,7 +168,9 @@ def test_what_was_run_again_stands_beside_the_first_time():
     cells = {"some+phones": ABOUT | {"cell": "some+phones", "runs": RUNS}}
     again = {"some+phones": cells["some+phones"] | {"runs": {"balanced": RUNS["greedy"]}}}
     (line,) = grid_tables.repeats(cells, again).splitlines()[2:]
-    assert line.strip("| ").split(" | ")[:4] == ["Fashion-MNIST, feature shift, `phones`", "balanced", *(f"60.0 ± {half(50, 70):.1f}", f"50.0 ± {half(10, 90):.1f}")]
+    row = line.strip("| ").split(" | ")
+    assert row[:2] == ["Fashion-MNIST, feature shift, `phones`", "balanced"]
+    assert row[2:4] == [f"60.0 ± {half(50, 70):.1f}", f"50.0 ± {half(10, 90):.1f}"]
 
 
 CELL = "fashion_both"
@@ -294,7 +297,7 @@ def compressed(*names):
         runs = {
             aligner: [run | {"bytes": [each / less for each in run["bytes"]]} for run in RUNS[aligner]] for aligner in ("balanced", "full")
         }
-        made = dict.fromkeys(runs, {"device": "1 x NVIDIA H200"})
+        made = {aligner: {"device": "1 x NVIDIA H200"} for aligner in runs}
         results[name] = ABOUT | {"cell": name, "runs": runs, "made": made}
     return results
 

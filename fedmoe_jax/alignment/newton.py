@@ -1,5 +1,7 @@
 """Nearly optimal prices of experts, by Newton's method on the smoothed dual of the transportation problem."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -28,57 +30,75 @@ def prices(problem: Problem) -> tuple[Int[Array, " expert"], Float[Array, " expe
       The prices rounded to integers, and what they are more than these.
     """
     smoothing = jnp.array(_SMOOTHING, jnp.float32)
+    num_experts, num_clients = problem.value.shape
     value = jnp.where(problem.allowed, problem.value, -flow.FAR)
-    start = jnp.zeros(value.shape[0], jnp.int32)
     least = jnp.where(problem.slots > 0, flow.least(value, problem.slots), value.max(axis=0))
     thresholds = jnp.maximum(least, -4 * problem.steps)  # nothing is allowed: as good as never
-    ahead = jnp.zeros(start.shape), jnp.where(problem.slots > 0, -0.5, 1.0) * smoothing[0]
+    count = flow.num_blocks(num_experts, num_clients)
+    start = jnp.zeros(num_experts, jnp.int32), flow.split(thresholds, count, 0)
+    ahead = jnp.zeros(num_experts), flow.split(jnp.where(problem.slots > 0, -0.5, 1.0), count, 0.0) * smoothing[0]
+    part = flow.split(jnp.broadcast_to(problem.part, value.shape), count, 0.0)
+    clients = flow.split(value, count, -flow.FAR), part, flow.split(problem.slots.astype(jnp.float32), count, 0.0)
 
     def level(state):
         number, carry, *_ = state
-        return number + 1, *_level(problem, value, carry, smoothing[number])
+        return number + 1, *_level(problem, clients, carry, smoothing[number])
 
     def unfinished(state):
         number, _, undecided, settled = state
         return (number < len(_SMOOTHING)) & ~(settled & (undecided <= few))
 
-    few = jnp.minimum(_UNDECIDED[0] * value.shape[0], _UNDECIDED[1] * problem.slots.sum())
-    begin = 0, ((start, thresholds), ahead, ahead), jnp.inf, jnp.bool_(False)
+    few = jnp.minimum(_UNDECIDED[0] * num_experts, _UNDECIDED[1] * problem.slots.sum())
+    begin = 0, (start, ahead, ahead), jnp.inf, jnp.bool_(False)
     last, (whole, rest, _), *_ = lax.while_loop(unfinished, level, begin)
     free = (problem.lower < problem.upper) & (jnp.abs(whole[0]) < _PARTLY * smoothing[last - 1] * problem.steps)
     return jnp.where(free, 0, whole[0]), jnp.where(free, 0.0, rest[0] * problem.steps)
 
 
-def _level(problem: Problem, value: Int[Array, "expert client"], carry, smoothing):
+def _level(problem: Problem, clients, carry, smoothing):
     """Newton's method for one smoothing, from where the last two point to.
 
     The carry holds prices and thresholds: integer parts, and what is left beside them, in units of the range of values,
     after the last smoothing and after the one before it. Also returns how many clients are undecided, and whether it has converged,
-    both as of before the last step.
+    both as of before the last step. Values and their parts, slots and thresholds are in blocks of clients.
     """
     whole, now, before = carry
-    slots, lower, room = (x.astype(jnp.float32) for x in (problem.slots, problem.lower, problem.upper - problem.lower))
-    worth, base = (value - whole[0][:, None] - whole[1] + problem.part) / problem.steps, whole[0] / problem.steps
+    value, part, slots = clients
+    lower, room = (x.astype(jnp.float32) for x in (problem.lower, problem.upper - problem.lower))
+    worth = (value - whole[0][:, None] - whole[1][:, None] + part) / problem.steps
+    base = whole[0] / problem.steps
+
+    def shares(prices, worth, slots, thresholds):
+        """What clients hold, how that changes with prices, and what is too much for a client and how that changes."""
+        hold = jax.nn.sigmoid((worth - prices[:, None] - thresholds) / smoothing)
+        slope = hold * (1.0 - hold)
+        return hold, slope, hold.sum(axis=0) - slots, slope.sum(axis=0) + 1e-3
+
+    def sums(prices, *block):
+        hold, slope, row, steepness = shares(prices, *block)
+        scaled = slope * lax.rsqrt(steepness)
+        between = jnp.matmul(scaled, scaled.T, precision=lax.Precision.HIGHEST)
+        return hold.sum(axis=1), slope.sum(axis=1), (slope * (row / steepness)).sum(axis=1), between
+
+    def corrected(prices, change, *block):
+        _, slope, row, steepness = shares(prices, *block)
+        correction = jnp.clip((row - (change[:, None] * slope).sum(axis=0)) / steepness, -6.0, 6.0)
+        return block[-1] + smoothing * correction
 
     def step(state):
         prices, thresholds, _, _, count = state
-        hold = jax.nn.sigmoid((worth - prices[:, None] - thresholds) / smoothing)
+        held, slope, pull, between = flow.summed(functools.partial(sums, prices), worth, slots, thresholds)
         full = jax.nn.sigmoid((base + prices) / smoothing)
-        row, column = hold.sum(axis=0) - slots, hold.sum(axis=1) - lower - room * full
-        slope = hold * (1.0 - hold)
-        steepness = slope.sum(axis=0) + 1e-3
-        scaled = slope * lax.rsqrt(steepness)
-        diagonal = slope.sum(axis=1) + room * full * (1.0 - full)
+        column, diagonal = held - lower - room * full, slope + room * full * (1.0 - full)
         damping = 1e-2 + 1e-3 * diagonal.mean()
-        hessian = jnp.diag(diagonal + damping) - jnp.matmul(scaled, scaled.T, precision=lax.Precision.HIGHEST)
-        solution = jax.scipy.linalg.solve(hessian, column - (slope * (row / steepness)).sum(axis=1), assume_a="pos")
+        solution = jax.scipy.linalg.solve(jnp.diag(diagonal + damping) - between, column - pull, assume_a="pos")
         change = jnp.clip(jnp.nan_to_num(solution), -4.0, 4.0)
-        correction = jnp.clip((row - (change[:, None] * slope).sum(axis=0)) / steepness, -6.0, 6.0)
-        return prices + smoothing * change, thresholds + smoothing * correction, jnp.abs(column).max(), slope.sum(), count + 1
+        thresholds = flow.mapped(functools.partial(corrected, prices, change), worth, slots, thresholds)
+        return prices + smoothing * change, thresholds, jnp.abs(column).max(), slope.sum(), count + 1
 
     def is_off(state):
         _, _, worst, undecided, _ = state
-        return ~(worst <= jnp.maximum(_OFF * undecided / value.shape[0], 0.5))
+        return ~(worst <= jnp.maximum(_OFF * undecided / base.shape[0], 0.5))
 
     def unsettled(state):
         return is_off(state) & (state[-1] < _NEWTON_STEPS)
