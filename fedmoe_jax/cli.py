@@ -1,6 +1,7 @@
 """The `fedmoe` command: train, compare, eval, export, report, profile, bench, serve and join."""
 
 import dataclasses
+import datetime
 import itertools
 import json
 import os
@@ -261,10 +262,11 @@ def _bench(words: list[str]) -> None:
     from fedmoe_jax.bench import assign
     from fedmoe_jax.training.metrics import environment
 
-    about = environment()
+    about = {name: what for name, what in environment().items() if name in ("device", "versions")}
+    about["date"] = datetime.date.today().isoformat()
     sizes = dict(clients=options.clients, experts=options.experts, repeats=options.repeats)
     for figure in assign.run(**sizes, reference=not options.no_reference):
-        print(json.dumps(figure | {"device": about["device"], "versions": about["versions"]}), flush=True)
+        print(json.dumps(figure | about), flush=True)
 
 
 def _serve(words: list[str]) -> None:

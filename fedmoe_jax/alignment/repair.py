@@ -18,8 +18,8 @@ _SLACK = 4  # times the cost of a change outside by which prices may change befo
 _RELAXATIONS = 4  # between two looks whether there was any use in them
 
 
-def repair(problem: Problem, plan: Plan) -> Plan:
-    """Moves clients along shortest paths until the plan leaves no expert with too many or too few.
+def repair(problem: Problem, plan: Plan, most: Int[Array, ""] | int = FAR) -> Plan:
+    """Moves clients along shortest paths, at most `most` times, until the plan leaves no expert with too many or too few.
 
     In a large problem it looks among the clients that nearly moved already first, and among all of them where that does not help.
     """
@@ -27,24 +27,32 @@ def repair(problem: Problem, plan: Plan) -> Plan:
     nobody = jnp.zeros(num_experts, jnp.int32)
     count = max(_NEAR, num_clients // _SHARE)
 
-    def among_all(plan):
-        return _move(problem, plan, nobody)[0]
+    def among_all(state):
+        plan, moves = state
+        return _move(problem, plan, nobody)[0], moves + 1
 
-    def step(plan):
-        found = _among_near(problem, plan, count)
+    def step(state):
+        plan, _ = state
+        found, moves = _among_near(problem, state, count, most)
         better = surplus(found) < surplus(plan)
         found = jax.tree.map(lambda new, old: jnp.where(better, new, old), found, plan)
-        return apply_if(~better & (surplus(plan) > 0), among_all, found)
+        return apply_if(~better & (surplus(plan) > 0), among_all, (found, moves))
+
+    def unfinished(state):
+        plan, moves = state
+        return (surplus(plan) > 0) & (moves < most)
 
     large = num_clients > count and num_clients * num_experts**2 > _LARGE
-    return lax.while_loop(lambda plan: surplus(plan) > 0, step if large else among_all, plan)
+    return lax.while_loop(unfinished, step if large else among_all, (plan, jnp.int32(0)))[0]
 
 
-def _among_near(problem: Problem, plan: Plan, count: int) -> Plan:
+def _among_near(problem: Problem, state, count: int, most) -> tuple[Plan, Int[Array, ""]]:
     """Moves among the `count` clients nearest to a change; then all others take what is best for them at the new prices.
 
-    It stops where prices have changed by several times what it would cost the others to change, as too many of them would.
+    It stops where prices have changed by several times what it would cost the others to change, as too many of them would. State
+    and result are a plan and the number of moves so far.
     """
+    plan, moves = state
     worth = jnp.where(problem.allowed, problem.value - plan.prices[:, None], -FAR)
     least, best = jnp.where(plan.mask, worth, FAR).min(axis=0), jnp.where(plan.mask, -FAR, worth).max(axis=0)
     margins, near = lax.top_k(jnp.maximum(best - least, -FAR), count + 1)
@@ -54,12 +62,17 @@ def _among_near(problem: Problem, plan: Plan, count: int) -> Plan:
     outside = plan.mask.sum(axis=1, dtype=jnp.int32) - mask.sum(axis=1, dtype=jnp.int32)
 
     def useful(state):
-        found, moved = state
-        return moved & (surplus(found) > 0) & (jnp.abs(found.prices - plan.prices).max() <= limit)
+        found, moves, moved = state
+        return moved & (surplus(found) > 0) & (moves < most) & (jnp.abs(found.prices - plan.prices).max() <= limit)
 
-    found, _ = lax.while_loop(useful, lambda state: _move(part, state[0], outside), (plan._replace(mask=mask), jnp.bool_(True)))
+    def move(state):
+        found, moves, _ = state
+        found, moved = _move(part, found, outside)
+        return found, moves + 1, moved
+
+    found, moves, _ = lax.while_loop(useful, move, (plan._replace(mask=mask), moves, jnp.bool_(True)))
     mask = _settled(problem, plan.mask.at[:, near].set(found.mask), found.prices)
-    return Plan(mask, found.prices, excess(problem, found.prices, mask.sum(axis=1, dtype=jnp.int32))[1])
+    return Plan(mask, found.prices, excess(problem, found.prices, mask.sum(axis=1, dtype=jnp.int32))[1]), moves
 
 
 def _settled(problem: Problem, mask: Bool[Array, "expert client"], prices) -> Bool[Array, "expert client"]:

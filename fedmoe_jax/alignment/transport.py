@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from fedmoe_jax.alignment import flow, newton
 from fedmoe_jax.alignment.repair import repair
 
-_FEW = 0.05  # clients too many, for each expert, up to which moving them takes less time than Newton's method
+_FEW = 0.5  # clients too many, for each expert, up to which prices are tried
+_MOVES = 6  # so many, at most, to see whether that will do; Newton's method takes the time of twice as many
 
 
 def solve(problem: flow.Problem, prices: Float[Array, " expert"]) -> tuple[Bool[Array, "expert client"], Float[Array, " expert"]]:
@@ -42,20 +43,20 @@ def solve(problem: flow.Problem, prices: Float[Array, " expert"]) -> tuple[Bool[
 
 
 def _optimum(problem: flow.Problem, prices: Int[Array, " expert"]) -> flow.Plan:
-    """The best plan, from `prices` or from none when either are nearly right already, else from those of Newton's method."""
-    first = jnp.where((prices != 0).any(), 0, 1)
+    """The best plan, from `prices` or from none when a few moves from either lead there, else from those of Newton's method."""
+    first, last = jnp.where((prices != 0).any(), 0, 1), 2
 
     def attempt(state):
         _, count = state
         tried = jnp.where(count == 0, prices, 0), jnp.zeros(prices.shape)
-        tried = flow.apply_if(count == 2, lambda _: newton.prices(problem), tried)
-        return flow.plan_at(problem, *tried), count + 1
+        tried = flow.apply_if(count == last, lambda _: newton.prices(problem), tried)
+        plan = flow.plan_at(problem, *tried)
+        worth_it = jnp.where(flow.surplus(plan) <= _FEW * prices.shape[0], _MOVES, 0)
+        return repair(problem, plan, jnp.where(count == last, flow.FAR, worth_it)), count + 1
 
     def unfit(state):
         plan, count = state
-        return (count == first) | ((count < 3) & (flow.surplus(plan) > few))
+        return (count == first) | ((count <= last) & (flow.surplus(plan) > 0))
 
-    few = _FEW * problem.value.shape[0]
     none = flow.Plan(jnp.zeros(problem.value.shape, bool), prices, jnp.zeros(problem.value.shape[0] + 1, jnp.int32))
-    plan, _ = lax.while_loop(unfit, attempt, (none, first))
-    return repair(problem, plan)
+    return lax.while_loop(unfit, attempt, (none, first))[0]
