@@ -13,7 +13,7 @@ from fedmoe_jax.alignment.flow import FAR, Plan, Problem, apply_if, excess, surp
 
 _NEAR, _SHARE = 1024, 16  # a repair of a large problem looks first among so many clients, or one in so many
 _LARGE = 1 << 26  # swaps of experts that clients could make; below, to look among all of them takes no longer and compiles sooner
-_ROWS = 8  # experts whose arcs are computed side by side
+_ROWS, _ROWS_ON_CPU = 8, 4  # experts whose arcs are computed side by side
 _SLACK = 4  # times the cost of a change outside by which prices may change before the nearest are chosen anew
 _RELAXATIONS = 4  # between two looks whether there was any use in them
 
@@ -131,7 +131,8 @@ def _costs(problem: Problem, plan: Plan, load, worth) -> Int[Array, "node node"]
     """Cost of each arc at the current prices, at least 0: between experts, to the bank and from it."""
     leave = jnp.where(plan.mask, worth, FAR)
     enter = jnp.where(plan.mask | ~problem.allowed, -FAR, worth).T  # so that the least over clients is one of vectors
-    swap = lax.map(lambda held: jnp.min(held[:, None] - enter, axis=0), leave, batch_size=_ROWS)
+    rows = _ROWS_ON_CPU if jax.default_backend() == "cpu" else _ROWS
+    swap = lax.map(lambda held: jnp.min(held[:, None] - enter, axis=0), leave, batch_size=rows)
     taken, _ = excess(problem, plan.prices, load)
     fine = problem.fine
     to_bank = jnp.where(taken < problem.lower, -fine, jnp.where(taken < problem.upper, 0, fine)) - plan.prices
