@@ -260,10 +260,9 @@ def _bench(words: list[str]) -> None:
         raise UsageError("bench takes what to measure: assign")
     options, _ = parse(BenchOptions, words[1:], "fedmoe bench assign")
     from fedmoe_jax.bench import assign
-    from fedmoe_jax.training.metrics import environment
+    from fedmoe_jax.training import metrics
 
-    about = {name: what for name, what in environment().items() if name in ("device", "versions")}
-    about["date"] = datetime.date.today().isoformat()
+    about = {"device": metrics.device(), "versions": metrics.versions(), "date": datetime.date.today().isoformat()}
     sizes = dict(clients=options.clients, experts=options.experts, repeats=options.repeats)
     for figure in assign.run(**sizes, reference=not options.no_reference):
         print(json.dumps(figure | about), flush=True)

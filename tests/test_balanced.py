@@ -8,7 +8,30 @@ from assignments import CLIENTS, EXPERTS, FAMILIES, best, bounds, check, family,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_jax.alignment import assign, flow, newton, repair
+from fedmoe_jax.alignment import assign, blocks, flow, newton, repair, transport
+
+
+@pytest.fixture
+def few_near(monkeypatch):
+    """Repairs look first among eight clients, in programs that are compiled anew."""
+    monkeypatch.setattr(repair, "_NEAR", 8)
+    monkeypatch.setattr(repair, "_LARGE", 0)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """Called, takes 16 clients a block from then on."""
+
+    def begin():
+        monkeypatch.setattr(blocks, "_WHOLE", 0)
+        monkeypatch.setattr(blocks, "_BLOCK", EXPERTS * 16)
+        jax.clear_caches()
+
+    yield begin
+    jax.clear_caches()
 
 
 def value(mask, fitness):
@@ -154,11 +177,8 @@ def test_bad_bounds_stay_finite_inside_jit():
     assert int(info.violation) > 0 and np.isfinite(float(info.gap))
 
 
-def test_vmap_over_problems_that_need_different_repairs(monkeypatch):
+def test_vmap_over_problems_that_need_different_repairs(few_near):
     """Also where only some of the clients are near a change, and some problems are done before others."""
-    monkeypatch.setattr(repair, "_NEAR", 8)
-    monkeypatch.setattr(repair, "_LARGE", 0)
-    jax.clear_caches()
     rng = np.random.default_rng(0)
     names = ["uniform", "near ties", "rank one", "popular", "groups", "all equal", "forbidden", "negative"]
     fitness = jnp.array(np.stack([family(name, 60, 6, rng) for name in names]))
@@ -166,29 +186,67 @@ def test_vmap_over_problems_that_need_different_repairs(monkeypatch):
     together = jax.vmap(lambda values: assign.balanced(values, slots, bound, bound))(fitness)
     for name, mask, values in zip(names, together, fitness, strict=True):
         np.testing.assert_array_equal(mask, assign.balanced(values, slots, bound, bound), err_msg=name)
-    jax.clear_caches()
 
 
-def test_clients_in_blocks_get_the_best_too(monkeypatch):
-    """Four blocks, of which the last is not full; Newton's prices are those of all clients at once but for rounding."""
+def an_even_problem(clients):
+    """Integers at random, with one pair in ten forbidden, and bounds that must shift many clients."""
     rng = np.random.default_rng(0)
-    values = jnp.asarray(rng.integers(0, flow.STEPS, (EXPERTS, 61)), jnp.int32)
-    bound = jnp.full(EXPERTS, 61 * 2 // EXPERTS)
-    whole = flow.Problem(values, jnp.asarray(rng.random(values.shape) < 0.9), jnp.asarray(rng.integers(0, 4, 61)), bound, bound + 5)
-    before = newton.prices(whole)
-    monkeypatch.setattr(flow, "_WHOLE", 0)
-    monkeypatch.setattr(flow, "_BLOCK", EXPERTS * 16)
-    jax.clear_caches()
-    assert flow.num_blocks(EXPERTS, 61) == 4
-    near = [np.asarray(prices + part) for prices, part in (before, newton.prices(whole))]
-    np.testing.assert_allclose(*near, atol=1e-4 * flow.STEPS)
+    values = rng.integers(0, flow.STEPS // 2, (EXPERTS, clients)) + np.arange(EXPERTS)[:, None] * (flow.STEPS // 20)
+    slots = rng.integers(0, 4, clients)
+    lower = jnp.full(EXPERTS, slots.sum() // EXPERTS - 2)
+    allowed = jnp.asarray(rng.random(values.shape) < 0.9)
+    return flow.Problem(jnp.asarray(values, jnp.int32), allowed, jnp.asarray(slots), lower, lower + 4)
+
+
+def test_newtons_prices_are_the_same_for_clients_in_blocks(in_blocks):
+    """Four blocks, of which the last is not full."""
+    alone = newton.prices(an_even_problem(61))
+    in_blocks()
+    assert blocks.count(EXPERTS, 61) == 4
+    whole, part = newton.prices(an_even_problem(61))
+    np.testing.assert_allclose(whole + part, alone[0] + alone[1], atol=1e-4 * flow.STEPS)
+    assert np.ptp(np.asarray(whole)) > 0.1 * flow.STEPS
+
+
+def test_clients_in_blocks_get_the_best_too(in_blocks):
+    in_blocks()
+    rng = np.random.default_rng(0)
     for name in FAMILIES:
         slots = rng.integers(0, EXPERTS + 1, 61)
         check(family(name, 61, EXPERTS, rng), slots, *bounds("around the mean", int(slots.sum()), EXPERTS, rng))
     together = jax.tree.map(lambda *rows: jnp.stack(rows), *[problem(seed) for seed in range(2)])
     mapped = jax.vmap(lambda p: assign.balanced(*p))(together)
     np.testing.assert_array_equal(mapped, jnp.stack([assign.balanced(*problem(seed)) for seed in range(2)]))
-    jax.clear_caches()
+
+
+@pytest.mark.parametrize(("clients", "experts"), [(10, 300), (300, 100_000), (10_000, 64), (100_000, 64), (1_000_000, 256)])
+def test_blocks_hold_all_clients_and_none_is_empty(clients, experts):
+    number = blocks.count(experts, clients)
+    size = -(-clients // number)
+    assert (number - 1) * size < clients <= number * size and (number == 1) == (clients * experts <= 1 << 20 or clients <= experts)
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_a_repair_stops_after_as_many_moves_as_it_may_take(near, request):
+    if near:
+        request.getfixturevalue("few_near")
+    one = an_even_problem(200)
+    plan = flow.plan_at(one, jnp.zeros(EXPERTS, jnp.int32), jnp.zeros(EXPERTS))
+    left = [int(flow.surplus(repair.repair(one, plan, most))) for most in (0, 1, 2, flow.FAR)]
+    assert left[0] == int(flow.surplus(plan)) > left[2] > left[3] == 0 and left[0] >= left[1] >= left[2]
+
+
+def test_prices_that_a_few_moves_do_not_mend_are_left_for_newtons_method(monkeypatch):
+    monkeypatch.setattr(transport, "_FEW", 1e9)
+    monkeypatch.setattr(transport, "_MOVES", 1)
+    one = an_even_problem(200)
+    asked = []
+    monkeypatch.setattr(newton, "prices", lambda found, prices=newton.prices: asked.append(1) or prices(found))
+    mask, _ = transport.solve(one, jnp.zeros(EXPERTS))
+    load = np.asarray(mask).sum(1)
+    assert asked and (load >= one.lower).all() and (load <= one.upper).all()
+    best_mask = best(np.where(one.allowed, one.value, -np.inf).T, *map(np.asarray, one[2:5]))
+    assert abs(value(mask, one.value) - value(best_mask.T, one.value)) <= 200 * 2
 
 
 def test_fitness_at_the_end_of_float32_is_as_good_as_any_large_number():
@@ -209,10 +267,8 @@ def test_fitness_of_any_size(scale):
         assert np.asarray(values / scale)[np.asarray(mask)].mean() > 0.7
 
 
-def test_bounds_that_must_be_broken_are_broken_least_with_few_clients_near(monkeypatch):
+def test_bounds_that_must_be_broken_are_broken_least_with_few_clients_near(few_near):
     """Many experts that nobody may hold, or that need more clients than there are, and few clients near a change."""
-    monkeypatch.setattr(repair, "_NEAR", 8)
-    monkeypatch.setattr(repair, "_LARGE", 0)
     problems, clients, experts = 64, 300, 10
     rng = np.random.default_rng(7)
     fitness = (rng.random((problems, clients, experts)) + 2 * rng.random((problems, 1, experts))).astype(np.float32)

@@ -38,7 +38,7 @@ def test_every_family_is_solved_to_the_optimum_in_large(clients, experts):
 def test_command_prints_one_object_a_line(capsys):
     assert cli.main(["bench", "assign", "--clients", "10", "--experts", "4", "--repeats", "1", "--no_reference"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {"bench", "case", "metric", "value", "unit", "against", "ratio", "device", "versions"} == set(lines[0])
+    assert {"bench", "case", "metric", "value", "unit", "against", "ratio", "device", "versions", "date"} == set(lines[0])
     warm = {"seconds from the last prices", "seconds of half the clients from the others' prices"}
     assert {line["metric"] for line in lines} == {"seconds", "proven gap", "violation"} | warm
     assert all(line["value"] <= 1e-2 for line in lines if line["metric"] == "proven gap")

@@ -113,7 +113,7 @@ def balanced(
       slots: experts that each client can hold, 0 to num_experts.
       lower, upper: least and most clients that each expert may get.
       key: breaks ties; None breaks them in the same way each time.
-      prices: tried as they are before any others, such as those of the last round; changes the time, not the quality. NaN counts as 0.
+      prices: tried by a few moves before any others, such as those of the last round; changes the time, not the quality. NaN counts as 0.
       return_info: also return `BalancedInfo`.
 
     Returns:

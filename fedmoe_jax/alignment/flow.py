@@ -14,11 +14,12 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
+
+from fedmoe_jax.alignment import blocks
 
 T = TypeVar("T")
 
-_WHOLE, _BLOCK = 1 << 20, 1 << 18  # pairs of which a CPU looks at all at once, and of a block of more: such arrays stay in its caches
 _PARTS = 1 << 7  # of a step, that are told apart
 _AHEAD = 3  # steps that stand for any more: parts make up for less than two
 
@@ -35,35 +36,6 @@ FAR = 1 << 29
 def apply_if(condition: Bool[Array, ""], function: Callable[[T], T], x: T) -> T:
     """function(x) if the condition holds, else x. Unlike `lax.cond`, under vmap it costs nothing unless it holds somewhere."""
     return lax.while_loop(lambda state: state[1], lambda state: (function(state[0]), jnp.bool_(False)), (x, condition))[0]
-
-
-def num_blocks(num_experts: int, num_clients: int) -> int:
-    """Of how many blocks of clients one after the other is taken. Only a CPU, which has caches to stay in, takes more than one."""
-    pairs = num_experts * num_clients
-    return 1 if pairs <= _WHOLE or jax.default_backend() != "cpu" else -(-pairs // _BLOCK)
-
-
-def split(array: Shaped[Array, "*axes client"], count: int, fill) -> Shaped[Array, "block *axes part"]:
-    """The clients in `count` blocks of as many, the last being filled up."""
-    size = -(-array.shape[-1] // count)
-    padded = jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, size * count - array.shape[-1])], constant_values=fill)
-    return jnp.moveaxis(padded.reshape(*array.shape[:-1], count, size), -2, 0)
-
-
-def mapped(function: Callable, *blocks):
-    """function(*block) of each block of clients."""
-    if blocks[0].shape[0] == 1:
-        return jax.tree.map(lambda x: x[None], function(*(block[0] for block in blocks)))
-    return lax.map(lambda each: function(*each), blocks)
-
-
-def summed(function: Callable, *blocks):
-    """The sum over blocks of clients of what function(*block) returns."""
-    first = function(*(block[0] for block in blocks))
-    if blocks[0].shape[0] == 1:
-        return first
-    add = lambda total, each: (jax.tree.map(jnp.add, total, function(*each)), None)  # noqa: E731
-    return lax.scan(add, first, tuple(block[1:] for block in blocks))[0]
 
 
 class Problem(NamedTuple):
@@ -138,8 +110,8 @@ def least(worth: Int[Array, "expert client"], slots: Int[Array, " client"], far:
         start = jnp.full(slots.shape, -far), jnp.full(slots.shape, far)
         return lax.fori_loop(0, (2 * far - 1).bit_length(), halve, start)[0]
 
-    count = num_blocks(*worth.shape)
-    return mapped(bisect, split(worth, count, 0), split(slots, count, 0)).ravel()[: slots.shape[0]]
+    number = blocks.count(*worth.shape)
+    return blocks.mapped(bisect, blocks.split(worth, number), blocks.split(slots, number)).ravel()[: slots.shape[0]]
 
 
 def surplus(plan: Plan) -> Int[Array, ""]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from fedmoe_jax.alignment import flow
+from fedmoe_jax.alignment import blocks, flow
 from fedmoe_jax.alignment.flow import Problem
 
 _SHRINK = 10.0**-0.5
@@ -34,11 +34,11 @@ def prices(problem: Problem) -> tuple[Int[Array, " expert"], Float[Array, " expe
     value = jnp.where(problem.allowed, problem.value, -flow.FAR)
     least = jnp.where(problem.slots > 0, flow.least(value, problem.slots), value.max(axis=0))
     thresholds = jnp.maximum(least, -4 * problem.steps)  # nothing is allowed: as good as never
-    count = flow.num_blocks(num_experts, num_clients)
-    start = jnp.zeros(num_experts, jnp.int32), flow.split(thresholds, count, 0)
-    ahead = jnp.zeros(num_experts), flow.split(jnp.where(problem.slots > 0, -0.5, 1.0), count, 0.0) * smoothing[0]
-    part = flow.split(jnp.broadcast_to(problem.part, value.shape), count, 0.0)
-    clients = flow.split(value, count, -flow.FAR), part, flow.split(problem.slots.astype(jnp.float32), count, 0.0)
+    number = blocks.count(num_experts, num_clients)
+    start = jnp.zeros(num_experts, jnp.int32), blocks.split(thresholds, number)
+    ahead = jnp.zeros(num_experts), blocks.split(jnp.where(problem.slots > 0, -0.5, 1.0), number) * smoothing[0]
+    part = blocks.split(jnp.broadcast_to(problem.part, value.shape), number)
+    clients = blocks.split(value, number, -flow.FAR), part, blocks.split(problem.slots.astype(jnp.float32), number)
 
     def level(state):
         number, carry, *_ = state
@@ -75,30 +75,31 @@ def _level(problem: Problem, clients, carry, smoothing):
         return hold, slope, hold.sum(axis=0) - slots, slope.sum(axis=0) + 1e-3
 
     def sums(prices, *block):
+        """Over clients: what is held, how much of that wavers, what rows pull at prices, and how prices pull at each other."""
         hold, slope, row, steepness = shares(prices, *block)
         scaled = slope * lax.rsqrt(steepness)
         between = jnp.matmul(scaled, scaled.T, precision=lax.Precision.HIGHEST)
         return hold.sum(axis=1), slope.sum(axis=1), (slope * (row / steepness)).sum(axis=1), between
 
-    def corrected(prices, change, *block):
-        _, slope, row, steepness = shares(prices, *block)
-        correction = jnp.clip((row - (change[:, None] * slope).sum(axis=0)) / steepness, -6.0, 6.0)
-        return block[-1] + smoothing * correction
+    def corrected(prices, change, worth, slots, thresholds):
+        """The thresholds that fill slots again after a change of the prices."""
+        _, slope, row, steepness = shares(prices, worth, slots, thresholds)
+        return thresholds + smoothing * jnp.clip((row - (change[:, None] * slope).sum(axis=0)) / steepness, -6.0, 6.0)
 
     def step(state):
         prices, thresholds, _, _, count = state
-        held, slope, pull, between = flow.summed(functools.partial(sums, prices), worth, slots, thresholds)
+        held, wavering, pull, between = blocks.summed(functools.partial(sums, prices), worth, slots, thresholds)
         full = jax.nn.sigmoid((base + prices) / smoothing)
-        column, diagonal = held - lower - room * full, slope + room * full * (1.0 - full)
+        column, diagonal = held - lower - room * full, wavering + room * full * (1.0 - full)
         damping = 1e-2 + 1e-3 * diagonal.mean()
         solution = jax.scipy.linalg.solve(jnp.diag(diagonal + damping) - between, column - pull, assume_a="pos")
         change = jnp.clip(jnp.nan_to_num(solution), -4.0, 4.0)
-        thresholds = flow.mapped(functools.partial(corrected, prices, change), worth, slots, thresholds)
-        return prices + smoothing * change, thresholds, jnp.abs(column).max(), slope.sum(), count + 1
+        thresholds = blocks.mapped(functools.partial(corrected, prices, change), worth, slots, thresholds)
+        return prices + smoothing * change, thresholds, jnp.abs(column).max(), wavering.sum(), count + 1
 
     def is_off(state):
         _, _, worst, undecided, _ = state
-        return ~(worst <= jnp.maximum(_OFF * undecided / base.shape[0], 0.5))
+        return ~(worst <= jnp.maximum(_OFF * undecided / lower.shape[0], 0.5))
 
     def unsettled(state):
         return is_off(state) & (state[-1] < _NEWTON_STEPS)
@@ -107,5 +108,5 @@ def _level(problem: Problem, clients, carry, smoothing):
     found = lax.while_loop(unsettled, step, (*ahead, jnp.inf, 0.0, 0))
     new, undecided, settled = found[:2], found[3], ~is_off(found)
     rounded = jax.tree.map(lambda x: jnp.round(x * problem.steps).astype(jnp.int32), new)
-    new, now = (jax.tree.map(lambda x, n: x - n / problem.steps, part, rounded) for part in (new, now))
+    new, now = (jax.tree.map(lambda x, n: x - n / problem.steps, each, rounded) for each in (new, now))
     return (jax.tree.map(jnp.add, whole, rounded), new, now), undecided, settled

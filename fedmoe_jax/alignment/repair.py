@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 from fedmoe_jax.alignment.flow import FAR, Plan, Problem, apply_if, excess, surplus
 
 _NEAR, _SHARE = 1024, 16  # a repair of a large problem looks first among so many clients, or one in so many
-_LARGE = 1 << 26  # swaps of experts that clients could make; below, to look among all of them takes no longer and compiles sooner
+_LARGE = 1 << 26  # swaps of experts that clients could make; below, to look among all takes a tenth longer at most, and compiles sooner
 _ROWS, _ROWS_ON_CPU = 8, 4  # experts whose arcs are computed side by side
 _SLACK = 4  # times the cost of a change outside by which prices may change before the nearest are chosen anew
 _RELAXATIONS = 4  # between two looks whether there was any use in them
@@ -36,7 +36,7 @@ def repair(problem: Problem, plan: Plan, most: Int[Array, ""] | int = FAR) -> Pl
         found, moves = _among_near(problem, state, count, most)
         better = surplus(found) < surplus(plan)
         found = jax.tree.map(lambda new, old: jnp.where(better, new, old), found, plan)
-        return apply_if(~better & (surplus(plan) > 0), among_all, (found, moves))
+        return apply_if(~better & (surplus(plan) > 0) & (moves < most), among_all, (found, moves))
 
     def unfinished(state):
         plan, moves = state
