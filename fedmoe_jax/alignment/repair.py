@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 from fedmoe_jax.alignment.flow import FAR, Plan, Problem, apply_if, excess, surplus
 
 _NEAR, _SHARE = 1024, 16  # a repair of a large problem looks first among so many clients, or one in so many
-_LARGE = 1 << 26  # swaps of experts that clients could make; below, to look among all takes a tenth longer at most, and compiles sooner
+_LARGE = 1 << 26  # swaps of experts that clients could make; below, to look among all takes little longer and compiles sooner
 _ROWS, _ROWS_ON_CPU = 8, 4  # experts whose arcs are computed side by side
 _SLACK = 4  # times the cost of a change outside by which prices may change before the nearest are chosen anew
 _RELAXATIONS = 4  # between two looks whether there was any use in them
