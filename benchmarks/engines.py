@@ -8,6 +8,7 @@ to one of a client's slots, with a token capacity of 1.
 """
 
 import argparse
+import dataclasses
 import datetime
 import itertools
 import json
@@ -21,6 +22,7 @@ import optax
 from flax import nnx
 
 import fedmoe_jax as fm
+from fedmoe_jax.experts import Slots, SlotState
 from fedmoe_jax.training.metrics import environment
 
 # clients, experts, slots, tokens of a step, width, hidden, steps
@@ -29,8 +31,23 @@ SMALL = [(16, 8, 2, 32, 64, 128, 3)]
 FEDAVG = [(1000, 100), (10000, 1000)]
 
 
+class Dense(nnx.Module):
+    """An MLP that all clients train, with the bias of its output for an expert."""
+
+    def __init__(self, features, hidden, out):
+        rngs = nnx.Rngs(0)
+        self.first, self.second = fm.nn.Linear(features, hidden, rngs=rngs), fm.nn.Linear(hidden, out, use_bias=False, rngs=rngs)
+        self.bias = fm.ExpertParam(jnp.zeros((1, out)))
+        self.slots = SlotState(Slots(jnp.ones(1, bool), jnp.zeros(1)))
+
+    def __call__(self, x):
+        slots = self.slots.get_value()
+        self.slots.set_value(dataclasses.replace(slots, tokens=jnp.ones((len(x), 1)), penalty=jnp.zeros(())))
+        return self.second(jax.nn.relu(self.first(x))) + self.bias.get_value()[0]
+
+
 class Experts(nnx.Module):
-    """One MoE layer; with one expert that is routed everything it is a plain MLP."""
+    """One MoE layer."""
 
     def __init__(self, features, hidden, out, num_experts, **options):
         self.moe = fm.nn.MoE(features, hidden, num_experts, out_features=out, rngs=nnx.Rngs(0), **options)
@@ -48,7 +65,7 @@ def fedavg(clients, cohort):
     draw = np.random.default_rng(0)
     mean, y = 0.15 * draw.standard_normal((10, 784)), draw.integers(0, 10, 60 * clients)
     x = (mean[y] + draw.standard_normal((len(y), 784), dtype=np.float32)).astype(np.float32)
-    model = Experts(784, 128, 10, 1, balance_weight=0.0, z_weight=0.0)
+    model = Dense(784, 128, 10)
     options = dict(aligner=fm.alignment.full(num_experts=1), cohort_size=cohort, batch_size=20, client_optimizer=optax.sgd(0.05))
     return split(x, y.astype(np.int32), clients), model, fm.models.losses.cross_entropy, options
 

@@ -1,9 +1,15 @@
 """Products of many groups of rows with the weights of one expert each, without a copy of the weights for each group.
 
-Groups of the same expert are put side by side, so that one batched product serves all. Where every expert has about as many
-groups, as a balanced assignment gives it, all its groups are one batch [expert, place]; otherwise they fall into tiles, a few
-for each expert. Under vmap the groups of all clients come together first: that makes a whole cohort one product.
+Groups of the same expert are put side by side in tiles, so that one batched product serves all. Every expert has a tile; where
+it has more groups than that has places for, it gets some of the tiles to spare, which need a copy of its weights. Where groups
+are spread evenly none is needed; how many there are else depends on how uneven they are. Under vmap the groups of all clients
+come together first: that makes a whole cohort one product.
 """
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,64 +19,68 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax.base import pytree
 
-_TILES = 4
-"""Full tiles of each expert, about; one more may be partly empty. More of them waste fewer rows and copy more weights."""
+T = TypeVar("T")
 
-_ROOM = 1.25
-"""Places of each expert over the mean number of groups, where all are one batch."""
+_ROOM = 1.125
+"""Places of a tile over the mean number of groups of an expert: as many as bounds with a tolerance of 0.1 ask for."""
+
+_SPARE = 0.45
+"""Tiles to spare for each expert where groups are not spread evenly: as many as tokens that are to come out even asked for."""
+
+_TILES = 4
+"""Where that does not do, tiles are so many times smaller than the mean: then any groups fit, with more copies of weights."""
 
 
 @pytree
 class Layout:
-    """`group` in each place of each tile (any where empty, `filled` says which), `expert` of each tile, and the place of each group."""
+    """`group` in each place of each tile (any where empty, `filled` says which), and the place of each group.
+
+    The first tile of each expert comes first; `owner` is the expert of each tile to spare.
+    """
 
     group: Int[Array, "tile place"]
     filled: Bool[Array, "tile place"]
-    expert: Int[Array, " tile"]
+    owner: Int[Array, " spare"]
     place: Int[Array, " group"]
 
 
-def tiles(index: Int[Array, " group"], num_experts: int) -> Layout:
-    """Groups of the same expert side by side, in as many tiles of equal size as it needs."""
-    num_groups = index.shape[0]
-    size = max(1, num_groups // (_TILES * num_experts))
-    number = -(-num_groups // size) + num_experts
-    counts = jnp.bincount(index, length=num_experts).astype(jnp.int32)
-    needed = -(-counts // size)
-    last = jnp.cumsum(needed)
-    expert = jnp.minimum((last <= jnp.arange(number)[:, None]).sum(axis=1), num_experts - 1)
-    return _lay_out(index, counts, expert, last - needed, size)
-
-
-def rows_of_experts(index: Int[Array, " group"], num_experts: int) -> Layout:
-    """One tile for each expert, for as many groups as `places`; see `fits`."""
-    counts = jnp.bincount(index, length=num_experts).astype(jnp.int32)
-    each = jnp.arange(num_experts, dtype=jnp.int32)
-    return _lay_out(index, counts, each, each, places(index.shape[0], num_experts))
-
-
-def places(num_groups: int, num_experts: int) -> int:
-    """Groups that an expert may have in `rows_of_experts`."""
-    return int(_ROOM * num_groups / num_experts) + 1
-
-
-def fits(index: Int[Array, " group"], num_experts: int) -> Bool[Array, ""]:
-    """Whether no expert has more groups than `places`."""
-    return jnp.bincount(index, length=num_experts).max() <= places(index.shape[0], num_experts)
-
-
-def _lay_out(index, counts, expert, first, size) -> Layout:
-    """Tile t holds `size` groups of `expert[t]`, whose tiles begin at `first`.
+def lay_out(index: Int[Array, " group"], num_experts: int, size: int, spare: int) -> Layout:
+    """Groups of the same expert side by side, in tiles of `size` places, `spare` of them beside one for each expert, which must do.
 
     Without the barrier XLA computes all of it again for every element that is gathered by it.
     """
-    num_groups = index.shape[0]
+    num_groups, each = index.shape[0], jnp.arange(num_experts, dtype=jnp.int32)
+    counts = jnp.bincount(index, length=num_experts).astype(jnp.int32)
+    last = jnp.cumsum(_spare_tiles(counts, size))
+    owner = jnp.minimum((last <= jnp.arange(spare)[:, None]).sum(axis=1, dtype=jnp.int32), num_experts - 1)
+    number = jnp.concatenate([jnp.zeros_like(each), jnp.arange(spare) - (last - _spare_tiles(counts, size))[owner] + 1])
+    expert, start = jnp.concatenate([each, owner]), jnp.cumsum(counts) - counts
     order = jnp.argsort(index, stable=True).astype(jnp.int32)
-    start = jnp.cumsum(counts) - counts
-    rank = (jnp.arange(expert.shape[0]) - first[expert])[:, None] * size + jnp.arange(size)
-    group = order[jnp.minimum(start[expert][:, None] + rank, num_groups - 1)]
+    rank = number[:, None] * size + jnp.arange(size)
+    group = order[jnp.clip(start[expert][:, None] + rank, 0, num_groups - 1)]
     ranks = jnp.zeros_like(order).at[order].set(jnp.arange(num_groups, dtype=jnp.int32)) - start[index]
-    return lax.optimization_barrier(Layout(group, rank < counts[expert][:, None], expert, first[index] * size + ranks))
+    spared = num_experts + (last - _spare_tiles(counts, size))[index] + ranks // size - 1
+    place = jnp.where(ranks < size, index, spared) * size + ranks % size
+    return lax.optimization_barrier(Layout(group, rank < counts[expert][:, None], owner, place))
+
+
+def _spare_tiles(counts: Int[Array, " expert"], size: int) -> Int[Array, " expert"]:
+    return jnp.maximum(-(-counts // size) - 1, 0)
+
+
+def sizes(num_groups: int, num_experts: int) -> tuple[tuple[int, int], ...]:
+    """Places of a tile and tiles to spare: for groups that are spread evenly, less evenly, and in any way."""
+    mean = num_groups / num_experts
+    places, small = math.ceil(_ROOM * mean), max(1, int(mean / _TILES))
+    return (places, 0), (places, math.ceil(_SPARE * num_experts)), (small, num_groups // small)
+
+
+def laid_out(index: Int[Array, " group"], num_experts: int, function: Callable[[Layout], T]) -> T:
+    """function(layout) of the first of `sizes` that has enough tiles."""
+    counts, options = jnp.bincount(index, length=num_experts), sizes(index.shape[0], num_experts)
+    short = [_spare_tiles(counts, size).sum() > spare for size, spare in options[:-1]]
+    branches = [lambda chosen=chosen: function(lay_out(index, num_experts, *chosen)) for chosen in options]
+    return lax.switch(sum(flag.astype(jnp.int32) for flag in short), branches)
 
 
 @custom_vmap
@@ -99,34 +109,46 @@ def _matmul(x, base, index):
     if num_groups <= num_experts:
         return x @ base[index]
 
-    def product(layout, weights):
-        y = x[layout.group].reshape(layout.group.shape[0], -1, x.shape[-1]) @ weights
+    def product(layout):
+        laid = x[layout.group].reshape(layout.group.shape[0], -1, x.shape[-1])
+        y = laid[:num_experts] @ base
+        if layout.owner.size:
+            y = jnp.concatenate([y, laid[num_experts:] @ base[layout.owner]])
         return y.reshape(-1, rows, y.shape[-1])[layout.place]
 
-    def in_tiles():
-        layout = tiles(index, num_experts)
-        return product(layout, base[layout.expert])
-
-    return lax.cond(fits(index, num_experts), lambda: product(rows_of_experts(index, num_experts), base), in_tiles)
+    return laid_out(index, num_experts, product)
 
 
-def outer(
-    x: Float[Array, "group row feature"], y: Float[Array, "group row hidden"], index: Int[Array, " group"], num_experts: int
-) -> Float[Array, "expert feature hidden"]:
-    """For each expert the sum of x[g]^T y[g] over its groups, in float32. Groups whose index is `num_experts` are left out."""
+class Rows(NamedTuple):
+    """Rows of all groups: those of one local step, or of several."""
+
+    inputs: Float[Array, "group row feature"]
+    outputs: Float[Array, "group row hidden"]
+    weight: Float[Array, "group row"]
+
+
+def outer(rows: Sequence[Rows], index: Int[Array, " group"], num_experts: int) -> Float[Array, "expert feature hidden"]:
+    """For each expert the sum of inputs[g]^T (weight[g] * outputs[g]) over its groups and all `rows`, in float32.
+
+    Groups whose index is `num_experts` are left out.
+    """
+    nobody = index == num_experts
+
+    def weighted(outputs, weight, filled):
+        return jnp.where(filled[..., None, None], outputs * weight[..., None], 0).astype(outputs.dtype)
+
+    if num_experts == 1:
+        product = functools.partial(jnp.einsum, "grd,grh->dh", preferred_element_type=jnp.float32)
+        return sum(product(part.inputs, weighted(part.outputs, part.weight, ~nobody)) for part in rows)[None]
 
     def sums(layout):
-        flat = layout.group.shape[0], -1
-        own = jnp.where(layout.filled[..., None, None], y[layout.group], 0).reshape(*flat, y.shape[-1])
-        return jnp.einsum("trd,trh->tdh", x[layout.group].reshape(*flat, x.shape[-1]), own, preferred_element_type=jnp.float32)
+        filled = layout.filled & ~nobody[layout.group]
+        laid = [Rows(*(a[layout.group] for a in part)) for part in rows]
+        inputs = jnp.concatenate([part.inputs for part in laid], axis=2)
+        outputs = jnp.concatenate([weighted(part.outputs, part.weight, filled) for part in laid], axis=2)
+        flat = (a.reshape(a.shape[0], -1, a.shape[-1]) for a in (inputs, outputs))
+        total = jnp.einsum("trd,trh->tdh", *flat, preferred_element_type=jnp.float32)
+        return total[:num_experts].at[layout.owner].add(total[num_experts:]) if layout.owner.size else total
 
-    def in_tiles():
-        layout = tiles(index, num_experts)
-        return jax.ops.segment_sum(sums(layout), layout.expert, num_experts)
-
-    nobody = index == num_experts
-    y = jnp.where(nobody[:, None, None], 0, y)
-    if num_experts == 1:
-        return jnp.einsum("grd,grh->dh", x, y, preferred_element_type=jnp.float32)[None]
     index = jnp.where(nobody, jnp.arange(index.shape[0]) % num_experts, index)  # spread evenly, they add nothing
-    return lax.cond(fits(index, num_experts), lambda: sums(rows_of_experts(index, num_experts)), in_tiles)
+    return laid_out(index, num_experts, sums)

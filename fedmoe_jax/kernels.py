@@ -199,14 +199,18 @@ def expert_sum(
 ) -> Float[Array, "expert feature hidden"]:
     """For each expert the sum over the slots that hold it of weight times what was added there. `held` is `num_experts` if empty."""
     shrink = jax.ops.segment_sum((weight * delta.shrink[:, None]).reshape(-1), held.reshape(-1), num_experts + 1)[:-1]
-    inputs, gradients, coefficient, slot = _joined(delta.history)
-    if slot is not None:  # the one lane falls into tiles, each of a slot
-        tiles = slot.shape[1]
-        inputs, gradients, coefficient = (a.reshape(a.shape[0], tiles, -1, *a.shape[3:]) for a in (inputs, gradients, coefficient))
-        held, weight = (jnp.take_along_axis(a, slot, axis=1) for a in (held, weight))
-    gradients = (gradients * (weight[..., None] * coefficient)[..., None]).astype(gradients.dtype)
-    inputs, gradients, held = (a.reshape(-1, *a.shape[2:]) for a in (inputs, gradients, held))
-    return shrink[:, None, None] * delta.base + grouped.outer(inputs, gradients, held, num_experts)
+    history = delta.history
+    if history[0].slot is not None:  # the one lane of all steps falls into tiles, each of a slot
+        history = (_joined(history),)
+        held, weight = (jnp.take_along_axis(a, history[0].slot, axis=1) for a in (held, weight))
+
+    def of_groups(part: History) -> grouped.Rows:
+        shape = held.size, -1
+        inputs, gradients = (a.reshape(*shape, a.shape[-1]) for a in (part.inputs, part.gradients))
+        lanes = part.weight[:, None] if part.slot is None else part.weight.reshape(*held.shape, -1)
+        return grouped.Rows(inputs, gradients, (weight[..., None] * lanes).reshape(shape))
+
+    return shrink[:, None, None] * delta.base + grouped.outer(list(map(of_groups, history)), held.reshape(-1), num_experts)
 
 
 def slot_deltas(delta: DualDelta, place: Int[Array, "client slot"]) -> Float[Array, "client slot feature hidden"]:
@@ -214,12 +218,11 @@ def slot_deltas(delta: DualDelta, place: Int[Array, "client slot"]) -> Float[Arr
     return expert_sum(delta, place, jnp.ones(place.shape), delta.base.shape[0])[place]
 
 
-def _joined(history: tuple[History, ...]):
-    """Inputs, gradients and weights [client, lane, row, ...] of the whole history, and the slots of its tiles."""
+def _joined(history: tuple[History, ...]) -> History:
+    """The rows and tiles of all steps."""
     inputs, gradients = (jnp.concatenate([getattr(rows, name) for rows in history], axis=2) for name in ("inputs", "gradients"))
-    weight = jnp.concatenate([rows.weight for rows in history], axis=1)[:, None]
-    slots = [rows.slot for rows in history if rows.slot is not None]
-    return inputs, gradients, jnp.broadcast_to(weight, inputs.shape[:3]), jnp.concatenate(slots, axis=1) if slots else None
+    weight, slot = (jnp.concatenate([getattr(rows, name) for rows in history], axis=1) for name in ("weight", "slot"))
+    return History(inputs, gradients, weight, slot)
 
 
 def _product(x, kernel: DualKernel, expert) -> Float[Array, "group row hidden"]:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Int, Key
 from fedmoe_jax.base import stage_key
 
 _ROUNDS = 6
-_STEPS = 4  # of a walk between two looks whether all have arrived, for which a GPU's host waits
+_STEPS = 8  # of a walk between two looks whether all have arrived, for which a GPU's host waits
 _MIN_HALF_BITS = 3  # below this a Feistel network of six rounds reaches few permutations
 
 
@@ -42,7 +42,7 @@ def permutation(key: Key[Array, ""], position: Int[Array, "*shape"], size: Int[A
             value = jnp.where(value >= size, cipher(value), value)
         return value
 
-    start = cipher(position.astype(jnp.uint32) % size)
+    start = walk(cipher(position.astype(jnp.uint32) % size))
     return jax.lax.while_loop(lambda value: (value >= size).any(), walk, start).astype(jnp.int32)
 
 

@@ -24,22 +24,38 @@ def give(model, layers):
         variable.set_value(jnp.asarray(given[name]).reshape(variable.get_value().shape))
 
 
-class Dense(nnx.Module):
-    """The MLP as a layer of one expert, to which all goes."""
+class Shared(nnx.Module):
+    """A network that all clients train, the bias of whose output is the one expert, which all examples use."""
 
     def __init__(self):
-        self.moe = fm.nn.MoE(784, 128, 1, out_features=10, balance_weight=0.0, z_weight=0.0, rngs=nnx.Rngs(0))
-        layers = [(self.moe.w_in, "into"), (self.moe.b_in, "into_bias"), (self.moe.w_out, "out"), (self.moe.b_out, "out_bias")]
-        give("mlp", layers)
+        self.bias = fm.ExpertParam(jnp.zeros((1, 10)))
+        self.slots = SlotState(Slots(jnp.ones(1, bool), jnp.zeros(1)))
+
+    def used(self, x):
+        """Notes that all examples use the expert."""
+        slots = self.slots.get_value()
+        self.slots.set_value(dataclasses.replace(slots, tokens=jnp.ones((len(x), 1)), penalty=jnp.zeros(())))
+
+
+class Dense(Shared):
+    """The MLP."""
+
+    def __init__(self):
+        super().__init__()
+        rngs = nnx.Rngs(0)
+        self.first, self.out = Linear(784, 128, rngs=rngs), Linear(128, 10, use_bias=False, rngs=rngs)
+        give("mlp", [(self.first.kernel, "into"), (self.first.bias, "into_bias"), (self.out.kernel, "out")])
 
     def __call__(self, x):
-        return self.moe(x.reshape(len(x), -1))
+        self.used(x)
+        return self.out(jax.nn.relu(self.first(x.reshape(len(x), -1)))) + self.bias.get_value()[0]
 
 
-class Convolutional(nnx.Module):
-    """Convolutions and a dense layer whose bias is the one expert, which all examples use."""
+class Convolutional(Shared):
+    """Convolutions and a dense layer."""
 
     def __init__(self):
+        super().__init__()
         rngs = nnx.Rngs(0)
         self.first, self.second, self.out = (
             Conv(1, 16, rngs=rngs),
@@ -47,13 +63,10 @@ class Convolutional(nnx.Module):
             Linear(7 * 7 * 32, 10, use_bias=False, rngs=rngs),
         )
         self.biases = nnx.List([nnx.Param(jnp.zeros(16)), nnx.Param(jnp.zeros(32))])
-        self.bias = fm.ExpertParam(jnp.zeros((1, 10)))
-        self.slots = SlotState(Slots(jnp.ones(1, bool), jnp.zeros(1)))
         give("cnn", [(self.first.linear.kernel, "first"), (self.second.linear.kernel, "second"), (self.out.kernel, "out")])
 
     def __call__(self, x):
-        slots = self.slots.get_value()
-        self.slots.set_value(dataclasses.replace(slots, tokens=jnp.ones((len(x), 1)), penalty=jnp.zeros(())))
+        self.used(x)
         x = x[..., None]
         for layer, bias in zip((self.first, self.second), self.biases, strict=True):
             x = networks.pooled(jax.nn.relu(layer(x) + bias.get_value()))

@@ -171,7 +171,7 @@ class Trainer(NamedTuple):
     def plan(self, population: Population) -> tuple[plan.Choice, ...]:
         """The engine of each weight, and why."""
         sizes: dict[str, Any] = dict(batch_size=self.batch_size, local_epochs=self.local_epochs, local_steps=self.local_steps)
-        steps = dual.most_steps(population, **sizes)
+        steps = primal.num_steps(population.max_examples, **sizes)
         balance = plan.BALANCE.get(jax.default_backend(), plan.BALANCE["gpu"])
         options: dict[str, Any] = dict(slots=self.max_slots, probes=self.probes, steps=steps, engine=self.engine, balance=balance)
         choices = plan.engines(self.parts, self.loss_fn, batch_shape(population, self.batch_size), **options)

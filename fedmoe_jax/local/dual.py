@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from fedmoe_jax.base import LossFn, Population
 from fedmoe_jax.experts import Partition
 from fedmoe_jax.kernels import DualDelta, DualKernel, History, is_dual
-from fedmoe_jax.local.primal import LocalResult, local_batch, num_steps, objective
+from fedmoe_jax.local.primal import LocalResult, local_orders, num_steps, objective
 
 UNROLLED = 8
 """Up to so many steps are unrolled, so that each one costs only the history that exists; more run in a loop."""
@@ -96,7 +96,9 @@ def train(
     received, treedef = jax.tree.flatten((experts, shared), is_leaf=is_dual)
     tree = functools.partial(jax.tree.unflatten, treedef)
     sizes: dict[str, Any] = dict(batch_size=batch_size, local_epochs=local_epochs, local_steps=local_steps)
-    most, steps = most_steps(population, **sizes), num_steps(population.num_examples(client), **sizes)
+    owned = population.num_examples(client)
+    most, steps = num_steps(population.max_examples, **sizes), num_steps(owned, **sizes)
+    orders = local_orders(key, owned, most, batch_size)
     start = [leaf if use is None else _unit(leaf, 0, most) for leaf, use in zip(received, uses, strict=True)]
     taps = [None if use is None else _tap(use) for use in uses]
 
@@ -109,7 +111,7 @@ def train(
 
     def step(index, carry, histories):
         weights, optimizer_state, (tokens, correct, total, trained_loss, trained) = carry
-        batch = local_batch(key, population, client, index, batch_size)
+        batch = population.batch(client, orders[index])
         small = [weight if use is None else None for weight, use in zip(weights, uses, strict=True)]
         args = weights, histories, batch, filled, prior, jax.random.fold_in(key, index)
         (grads, seen), (losses, rights, sent) = jax.grad(loss, (0, 1), has_aux=True)(small, taps, *args)
@@ -135,11 +137,6 @@ def train(
         for leaf, weight, history, use in zip(received, weights, histories, uses, strict=True)
     ]
     return LocalResult(*tree(deltas), *sums)
-
-
-def most_steps(population: Population, *, batch_size: int, local_epochs: int | None, local_steps: int | None) -> int:
-    """Local steps of the largest client."""
-    return local_steps if local_steps is not None else local_epochs * -(-population.max_examples // batch_size)  # type: ignore[operator]
 
 
 def _unit(leaf, place, steps) -> Float[Array, "basis ..."]:

@@ -246,8 +246,9 @@ def _use(probe: Probe | None) -> Use | None:
 def _cost(use: Use, width: tuple[int, ...], slots: int, steps: int, balance: float) -> tuple[float, float]:
     """Predicted cost of a client's local training by the primal and the dual engine.
 
-    Both do three products of all rows with the kernel. Primal reads the client's kernel twice a step and updates it; dual
-    multiplies rows by the rows before them, forwards and backwards, and reads those.
+    Both do three products of all rows with the kernel. Primal reads the client's kernel twice a step and updates it, and in the
+    end takes what it received from it, looks whether that is finite, and adds it to the sum; dual multiplies rows by the rows
+    before them, forwards and backwards, and reads those, and lays them out for the sum.
     """
     fan_in, fan_out = use.features, width[1]
     groups, rows = use.inputs.shape[:2]
@@ -256,7 +257,7 @@ def _cost(use: Use, width: tuple[int, ...], slots: int, steps: int, balance: flo
     before = total / lanes * ((steps - 1) / (2 * steps) if steps <= UNROLLED else 1.0)
     itemsize = use.inputs.dtype.itemsize
     products = 6.0 * total * fan_in * fan_out
-    primal = products + balance * steps * 6 * 4 * slots * width[0] * width[1]
+    primal = products + balance * (6 * steps + 5) * 4 * slots * width[0] * width[1]
     dual = (
         products
         + 4.0 * total * before * (fan_in + fan_out)

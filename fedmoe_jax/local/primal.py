@@ -72,7 +72,7 @@ def pulls(parts: Partition, prox: float, prox_on: str) -> tuple[float, ...]:
     return tuple(prox if pulled else 0.0 for pulled in chosen)
 
 
-def num_steps(num_examples: Int[Array, ""], *, batch_size: int, local_epochs: int | None, local_steps: int | None) -> Any:
+def num_steps(num_examples: Any, *, batch_size: int, local_epochs: int | None, local_steps: int | None) -> Any:
     """Local steps of a client: `local_steps`, or as many as `local_epochs` passes over its examples take."""
     return local_steps if local_steps is not None else local_epochs * -(-num_examples // batch_size)  # type: ignore[operator]
 
@@ -85,13 +85,25 @@ def num_processed(num_examples: Any, *, batch_size: int, local_epochs: int | Non
     return epochs * num_examples + jnp.minimum(steps * batch_size, num_examples)
 
 
-def local_batch(key: Key[Array, ""], population: Population, client: Int[Array, ""], step: Int[Array, ""] | int, batch_size: int) -> Batch:
-    """The batch of a local step: every epoch visits each example of the client once, in an order of its own."""
-    size = population.num_examples(client)
-    steps_per_epoch = jnp.maximum(-(-size // batch_size), 1)
+def local_order(key: Key[Array, ""], num_examples: Int[Array, ""], step: Int[Array, ""] | int, batch_size: int) -> Int[Array, " row"]:
+    """Which of a client's examples are in the batch of a local step, `num_examples` in rows without one.
+
+    Every epoch visits each example of the client once, in an order of its own.
+    """
+    steps_per_epoch = jnp.maximum(-(-num_examples // batch_size), 1)
     position = (step % steps_per_epoch) * batch_size + jnp.arange(batch_size)
-    shuffled = permutation(jax.random.fold_in(key, step // steps_per_epoch), position, size)
-    return population.batch(client, jnp.where(position < size, shuffled, size))
+    shuffled = permutation(jax.random.fold_in(key, step // steps_per_epoch), position, num_examples)
+    return jnp.where(position < num_examples, shuffled, num_examples)
+
+
+def local_orders(key: Key[Array, ""], num_examples: Int[Array, ""], steps: int, batch_size: int) -> Int[Array, "step row"]:
+    """`local_order` of all steps at once: on a GPU each permutation waits for the host."""
+    return jax.vmap(lambda step: local_order(key, num_examples, step, batch_size))(jnp.arange(steps))
+
+
+def local_batch(key: Key[Array, ""], population: Population, client: Int[Array, ""], step: Int[Array, ""] | int, batch_size: int) -> Batch:
+    """The batch of a local step."""
+    return population.batch(client, local_order(key, population.num_examples(client), step, batch_size))
 
 
 def train(
@@ -120,11 +132,14 @@ def train(
     one with the most.
     """
     received = (experts, shared)
+    sizes: dict[str, Any] = dict(batch_size=batch_size, local_epochs=local_epochs, local_steps=local_steps)
+    owned = population.num_examples(client)
+    orders = local_orders(key, owned, num_steps(population.max_examples, **sizes), batch_size)
     gradient = jax.grad(lambda weights, *args: objective(parts, loss_fn, *weights, *args), has_aux=True)
 
     def step(index, carry):
         weights, optimizer_state, (tokens, correct, loss, total, trained), seen = carry
-        batch = local_batch(key, population, client, index, batch_size)
+        batch = population.batch(client, orders[index])
         grads, (losses, rights, sent) = gradient(weights, batch, held, prior, jax.random.fold_in(key, index))
         if correction is not None:
             seen = jax.tree.map(jnp.add, seen, grads)
@@ -139,7 +154,7 @@ def train(
     none = jnp.zeros(held.shape[0])
     unseen = None if correction is None else jax.tree.map(jnp.zeros_like, received)
     start = (received, optimizer.init(received), (none, none, none, jnp.zeros(()), jnp.zeros(())), unseen)
-    steps = num_steps(population.num_examples(client), batch_size=batch_size, local_epochs=local_epochs, local_steps=local_steps)
+    steps = num_steps(owned, **sizes)
     weights, _, sums, seen = jax.lax.fori_loop(0, steps, step, start)
     delta_experts, delta_shared = jax.tree.map(jnp.subtract, weights, received)
     result = LocalResult(delta_experts, delta_shared, *sums)
