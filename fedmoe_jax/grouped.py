@@ -109,11 +109,13 @@ def _matmul(x, base, index):
     if num_groups <= num_experts:
         return x @ base[index]
 
+    def laid(groups):
+        return x[groups].reshape(groups.shape[0], -1, x.shape[-1])
+
     def product(layout):
-        laid = x[layout.group].reshape(layout.group.shape[0], -1, x.shape[-1])
-        y = laid[:num_experts] @ base
+        y = laid(layout.group[:num_experts]) @ base
         if layout.owner.size:
-            y = jnp.concatenate([y, laid[num_experts:] @ base[layout.owner]])
+            y = jnp.concatenate([y, laid(layout.group[num_experts:]) @ base[layout.owner]])
         return y.reshape(-1, rows, y.shape[-1])[layout.place]
 
     return laid_out(index, num_experts, product)

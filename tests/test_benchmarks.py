@@ -15,6 +15,7 @@ COMMANDS = {
     "streaming": ["--clients", "30", "--cohort", "6", "--rounds", "4", "--block", "2", "--repeats", "1"],
     "roofline": ["--small"],
     "convolutions": ["--small", "--repeats", "1"],
+    "attention": ["--small"],
     "peers/compare": ["--workloads", "tiny", "tiny-cnn", "--repeats", "1"],
 }
 PACKAGES = {"fedjax": "fedjax", "pfl": "pfl", "flower": "flwr"}

@@ -1,6 +1,7 @@
 """Layers and the loss against oracles: attention and its rotation, convolution, norms, cross-entropy."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 
 from fedmoe_jax.base import Batch
 from fedmoe_jax.models.losses import balanced_softmax, cross_entropy
-from fedmoe_jax.nn.attention import Attention, rotate
+from fedmoe_jax.nn.attention import Attention, is_fused, rotate
 from fedmoe_jax.nn.convolution import convolve
 from fedmoe_jax.nn.linear import Conv, GroupNorm, RMSNorm
 
@@ -64,6 +65,40 @@ def test_attention_equals_oracle(qk_norm):
     y = nnx.jit(lambda model, x: model(x))(model, jnp.asarray(x))
     for example in range(2):
         np.testing.assert_allclose(y[example], attention_oracle(model, x[example], 4, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "tokens", "features", "fused"),
+    [
+        ("9.0", jnp.bfloat16, 256, 128, True),
+        ("8.6", jnp.float16, 2, 8, True),
+        ("9.0", jnp.float32, 256, 128, False),
+        ("9.0", jnp.bfloat16, 255, 128, False),
+        ("9.0", jnp.bfloat16, 256, 36, False),
+        ("9.0", jnp.bfloat16, 256, 256, False),
+        ("7.5", jnp.float16, 256, 128, False),
+        ("gfx90a", jnp.bfloat16, 256, 128, False),
+        (None, jnp.bfloat16, 256, 128, False),
+    ],
+)
+def test_attention_is_fused_where_cudnn_takes_it(capability, dtype, tokens, features, fused, monkeypatch):
+    device = types.SimpleNamespace() if capability is None else types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert is_fused((2, tokens, 4, features), dtype) is fused
+    used = []
+
+    def attend(q, k, v, *, is_causal, implementation):
+        used.append(implementation)
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    x = jnp.ones((2, tokens, 4 * features), dtype)
+    for implementation in (None, "xla", "cudnn"):
+        options = dict(heads=4, kv_heads=4, dtype=dtype, implementation=implementation)
+        Attention(4 * features, **options, rngs=nnx.Rngs(0))(x)
+    assert used == ["cudnn" if fused else "xla", "xla", "cudnn"]
+    with pytest.raises(ValueError, match=r"^implementation is 'flash'"):
+        Attention(8, heads=4, kv_heads=2, implementation="flash", rngs=nnx.Rngs(0))
 
 
 def test_grouped_heads_equal_repeated_ones():

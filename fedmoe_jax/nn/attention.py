@@ -23,6 +23,18 @@ def rotate(x: Float[Array, "example token head feature"], position: Int[Array, "
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)
 
 
+def is_fused(shape: tuple[int, ...], dtype: DTypeLike) -> bool:
+    """Whether cuDNN's fused attention is used: in half precision, for what it takes, on NVIDIA GPUs since Ampere.
+
+    Args:
+      shape: of the queries, (example, token, head, feature).
+    """
+    _, tokens, _, head_dim = shape
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # "gfx90a" of AMD's, none of a CPU
+    takes = tokens > 1 and tokens % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128
+    return takes and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and capability[:1].isdigit() and float(capability) >= 8
+
+
 class Attention(nnx.Module):
     """Each token looks at itself and earlier tokens. Groups of heads / kv_heads query heads share a key and value head.
 
@@ -33,6 +45,8 @@ class Attention(nnx.Module):
       qk_norm: RMSNorm of queries and keys, over each "head" (Qwen3) or the whole "projection" (OLMoE); default none.
       rope_base: base of the rotary frequencies.
       dtype: what it computes in, by default the dtype of x. The softmax is computed in float32.
+      implementation: "xla", "cudnn", or None for the latter where `is_fused` says so. On an H200 in bfloat16 cuDNN's outputs and
+        gradients are as near to those in float32 as XLA's (benchmarks/attention.py).
 
     Raises:
       ValueError: naming the argument that does not fit.
@@ -48,8 +62,11 @@ class Attention(nnx.Module):
         qk_norm: str | None = None,
         rope_base: float = 10000.0,
         dtype: DTypeLike | None = None,
+        implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
+        if implementation not in (None, "xla", "cudnn"):
+            raise ValueError(f"implementation is {implementation!r}, must be 'xla', 'cudnn' or None")
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"kv_heads is {kv_heads}, must divide heads, which is {heads}")
         if head_dim is None and features % heads:
@@ -72,12 +89,14 @@ class Attention(nnx.Module):
         self.qk_norm = qk_norm
         self.head_dim = head_dim
         self.rope_base = rope_base
+        self.implementation = implementation
 
     def __call__(self, x: Float[Array, "example token feature"]) -> Float[Array, "example token feature"]:
         position = jnp.arange(x.shape[1])
         q = rotate(self._heads(self.q(x), self.q_norm), position, self.rope_base)
         k = rotate(self._heads(self.k(x), self.k_norm), position, self.rope_base)
-        y = jax.nn.dot_product_attention(q, k, self._heads(self.v(x), None), is_causal=True)
+        used = self.implementation or ("cudnn" if is_fused(q.shape, q.dtype) else "xla")
+        y = jax.nn.dot_product_attention(q, k, self._heads(self.v(x), None), is_causal=True, implementation=used)
         return self.o(y.reshape(*x.shape[:2], -1))
 
     def _heads(self, x, norm):
