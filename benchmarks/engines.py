@@ -1,15 +1,16 @@
 """Local training by the primal and by the dual engine: FedAvg of an MLP, and experts of several widths.
 
-    python benchmarks/engines.py --cases fedavg experts --engines primal auto > benchmarks/results/engines.jsonl
+    python benchmarks/engines.py --cases fedavg experts uneven --engines primal auto > benchmarks/results/engines.jsonl
 
 One JSON line a figure: milliseconds of a round, the rounds being in one compiled loop, and the same of one centralised step
 on as many tokens. The MLP is 784-128-10 with 60 examples a client, batches of 20; experts get tokens in bfloat16, each sent
-to one of a client's slots, with a token capacity of 1.
+to one of a client's slots, with a token capacity of 1. Experts are spread evenly over clients, or at random (uneven).
 """
 
 import argparse
 import dataclasses
 import datetime
+import functools
 import itertools
 import json
 import statistics
@@ -70,17 +71,21 @@ def fedavg(clients, cohort):
     return split(x, y.astype(np.int32), clients), model, fm.models.losses.cross_entropy, options
 
 
-def experts(clients, number, slots, tokens, width, hidden, steps):
-    """Population and round of a layer of experts."""
+def experts(clients, number, slots, tokens, width, hidden, steps, aligner=fm.alignment.load_only):
+    """Population and round of a layer of experts, of which all have as many clients with `load_only`."""
     draw = np.random.default_rng(0)
     x, y = (draw.standard_normal((clients * tokens * steps, width), dtype=np.float32) for _ in range(2))
     model = Experts(width, hidden, width, number, token_capacity=1.0, use_bias=False, dtype=jnp.bfloat16)
-    aligner = fm.alignment.load_only(num_experts=number, max_slots=slots)
     return (
         split(x, y, clients),
         model,
         squared_error,
-        dict(aligner=aligner, cohort_size=clients, batch_size=tokens, client_optimizer=optax.sgd(0.02)),
+        dict(
+            aligner=aligner(num_experts=number, max_slots=slots),
+            cohort_size=clients,
+            batch_size=tokens,
+            client_optimizer=optax.sgd(0.02),
+        ),
     )
 
 
@@ -144,7 +149,7 @@ def measure(made, engine, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=("fedavg", "experts", "small"), default=["fedavg", "experts"])
+    parser.add_argument("--cases", nargs="+", choices=("fedavg", "experts", "uneven", "small"), default=["fedavg", "experts", "uneven"])
     parser.add_argument("--engines", nargs="+", choices=("primal", "auto", "dual"), default=["primal", "auto"])
     parser.add_argument("--rounds", type=int, default=10)
     arguments = parser.parse_args()
@@ -158,6 +163,7 @@ def main():
     rows = (
         [("fedavg", fedavg, row) for row in FEDAVG]
         + [("experts", experts, row) for row in EXPERTS]
+        + [("uneven", functools.partial(experts, aligner=fm.alignment.random), row) for row in (EXPERTS[0], EXPERTS[2])]
         + [("small", experts, row) for row in SMALL]
     )
     for name, make, row in (entry for entry in rows if entry[0] in arguments.cases):
@@ -168,10 +174,10 @@ def main():
             with jax.default_matmul_precision(None if precision == "default" else precision):
                 time_of_round, first, loss, _ = measure(made, engine, arguments.rounds)
             against, before = before if engine != arguments.engines[0] and precision == "default" else None, before or time_of_round
-            name = f"{engine}, {precision} precision"
-            say(case, f"round, {name}", time_of_round, "ms", against and arguments.engines[0], against and against / time_of_round)
-            say(case, f"first call, {name}", first, "s")
-            say(case, f"training loss, {name}", loss, "")
+            label = f"{engine}, {precision} precision"
+            say(case, f"round, {label}", time_of_round, "ms", against and arguments.engines[0], against and against / time_of_round)
+            say(case, f"first call, {label}", first, "s")
+            say(case, f"training loss, {label}", loss, "")
 
 
 if __name__ == "__main__":

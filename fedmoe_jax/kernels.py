@@ -4,7 +4,10 @@ A weight is an array, or a `DualKernel`: what a client's local training made of 
 it has learnt from so far. Either is read in the dtype of `x`, so a layer that computes in bfloat16 casts its activations only.
 """
 
+import contextlib
+import contextvars
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,6 +17,23 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax import grouped
 from fedmoe_jax.base import pytree
+
+_PORTABLE = contextvars.ContextVar("portable", default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Within it a model is traced as on any machine, without a vendor's own kernels, whose cost cannot be read off."""
+    token = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(token)
+
+
+def is_portable() -> bool:
+    """Whether a vendor's own kernels are to be left out."""
+    return _PORTABLE.get()
 
 
 @pytree
@@ -202,7 +222,8 @@ def expert_sum(
     history = delta.history
     if history[0].slot is not None:  # the one lane of all steps falls into tiles, each of a slot
         history = (_joined(history),)
-        held, weight = (jnp.take_along_axis(a, history[0].slot, axis=1) for a in (held, weight))
+        slot = jnp.asarray(history[0].slot)
+        held, weight = (jnp.take_along_axis(a, slot, axis=1) for a in (held, weight))
 
     def of_groups(part: History) -> grouped.Rows:
         shape = held.size, -1

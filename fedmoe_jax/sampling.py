@@ -15,7 +15,7 @@ def permutation(key: Key[Array, ""], position: Int[Array, "*shape"], size: Int[A
     """Where a random permutation of 0..size-1 sends each position, without forming the permutation.
 
     A balanced Feistel network over the next power of four, walked until it lands below `size` [1]. Costs nothing per
-    element of the permutation, so 20 clients of a million cost 20 evaluations.
+    element of the permutation, so 20 clients of a million cost some 20 walks, of nine evaluations or a few times as many.
 
     Args:
       key: names the permutation.

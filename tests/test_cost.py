@@ -1,5 +1,7 @@
 """Tests of costs: FLOPs counted by hand, bytes of real arrays, and the chunk that they imply."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from fedmoe_jax.local import plan
 from fedmoe_jax.local.cost import count_flops, round_cost, tree_bytes
 from fedmoe_jax.models import create
 from fedmoe_jax.models.losses import cross_entropy
+from fedmoe_jax.nn.attention import is_fused
 
 HIDDEN, EXPERT_HIDDEN, FEATURES, CLASSES, BATCH = 8, 16, 6, 3, 4
 A, B = jnp.zeros((2, 3)), jnp.zeros((3, 5))
@@ -95,6 +98,16 @@ def test_what_is_computed_again_takes_flops_instead_of_memory():
     plain, again = of_transformer(False), of_transformer(True)
     assert again.shared_memory < 0.6 * plain.shared_memory and again.expert_memory < plain.expert_memory
     assert 1.1 * plain.shared_flops < again.shared_flops < 1.5 * plain.shared_flops
+
+
+def test_costs_do_not_depend_on_whose_attention_is_used(monkeypatch):
+    text = Batch(jnp.zeros((4, 32), jnp.int32), jnp.zeros((4, 32), jnp.int32), jnp.ones(4, bool))
+    shape = dict(input_shape=(32,), num_classes=5, num_experts=2, top_k=1, seed=0, layers=1, features=16, heads=2, dtype=jnp.bfloat16)
+    parts = partition(create("transformer", **shape, expert_hidden=32))
+    anywhere = round_cost(parts, cross_entropy, optax.sgd(0.1), text)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability="9.0")])
+    assert is_fused((4, 32, 2, 8), jnp.bfloat16)
+    assert round_cost(parts, cross_entropy, optax.sgd(0.1), text) == anywhere
 
 
 def test_flops_of_an_expert_are_those_of_its_products():

@@ -13,7 +13,7 @@ from small_round import algorithm, distance, population, run, weights
 
 from fedmoe_jax import Population, alignment, models, nn, partition
 from fedmoe_jax.base import Batch
-from fedmoe_jax.local import plan
+from fedmoe_jax.local import dual, plan
 from fedmoe_jax.local.cohort import batch_shape
 from fedmoe_jax.models.losses import cross_entropy
 
@@ -222,6 +222,19 @@ HARDEST = (
 def test_other_optimizers_stay_primal(name):
     parts = partition(small_round.model())
     assert not plan.is_linear(OTHERS[name], (parts.experts, parts.shared))
+
+
+def test_costs_of_both_engines_counted_by_hand():
+    """300 rows of 64 features to 32, in one step and in three, a byte taking as long as 10 FLOPs."""
+    use = dual.Use(jax.ShapeDtypeStruct((1, 300, 64), jnp.float32), jax.ShapeDtypeStruct((1, 300, 32), jnp.float32), False)
+    products, weights, row = 6 * 300 * 64 * 32, 4 * 64 * 32, 4 * (64 + 32)
+    primal, in_dual = plan._cost(use, (64, 32), 1, 1, 10.0)
+    assert primal == products + 10 * 11 * weights
+    assert in_dual == products + 10 * 4 * 300 * row
+    primal, in_dual = plan._cost(use, (64, 32), 1, 3, 10.0)
+    assert primal == 3 * products + 10 * 23 * weights
+    before = 900 / 3  # rows, in the mean over the steps
+    assert in_dual == pytest.approx(3 * products + 4 * 900 * before * (64 + 32) + 10 * row * (2 * 3 * before + 4 * 900))
 
 
 def test_an_optimizer_that_is_not_linear_is_refused_or_left_to_the_primal_engine(monkeypatch):

@@ -28,47 +28,114 @@ def draw(*shape, seed):
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """Which of `sizes` were laid out, as far as the program got."""
+    """The sizes of the layouts that were used, in their order; branches not taken do not appear."""
     seen = []
 
-    def lay_out(index, num_experts, *size, real=grouped.lay_out):
+    def lay_out(index, counts, *size, real=grouped.lay_out):
         jax.debug.callback(lambda: seen.append(size))
-        return real(index, num_experts, *size)
+        return real(index, counts, *size)
 
     monkeypatch.setattr(grouped, "lay_out", lay_out)
     return seen
+
+
+def sums(x, y, weight, index, dtype=jnp.float32):
+    """`outer` of two steps of unequal rows, and the same by NumPy."""
+    rows = [grouped.Rows(*(jnp.asarray(a[:, part], dtype) for a in (x, y, weight))) for part in (slice(0, 1), slice(1, 3))]
+    expected = np.zeros((EXPERTS, FEATURES, HIDDEN))
+    for g in np.flatnonzero(index < EXPERTS):
+        expected[index[g]] += x[g].T @ (weight[g][:, None] * y[g])
+    return jax.jit(lambda *args: grouped.outer(*args, EXPERTS))(rows, jnp.asarray(index)), expected
 
 
 @pytest.mark.parametrize("spread", SPREADS)
 def test_products_and_sums_are_those_of_numpy(spread, chosen):
     index, x, y = index_of(SPREADS[spread]), draw(GROUPS, ROWS, FEATURES, seed=1), draw(GROUPS, ROWS, HIDDEN, seed=2)
     base, weight = draw(EXPERTS, FEATURES, HIDDEN, seed=3), draw(GROUPS, ROWS, seed=4)
-    np.testing.assert_allclose(grouped.matmul(x, base, index), np.einsum("grd,gdh->grh", x, base[index]), rtol=1e-5, atol=1e-5)
+    found = jax.jit(lambda *args: grouped.matmul(*args))(x, base, index)
+    np.testing.assert_allclose(found, np.einsum("grd,gdh->grh", x, base[index]), rtol=1e-5, atol=1e-5)
+    found, expected = sums(x, y, weight, index)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     jax.effects_barrier()
-    assert chosen == [grouped.sizes(GROUPS, EXPERTS)[CHOSEN[spread]]]
-    index[:5] = EXPERTS  # left out, and not finite
-    y[:5] = np.nan
-    rows = [grouped.Rows(*(jnp.asarray(a[:, part]) for a in (x, y, weight))) for part in (slice(0, 1), slice(1, 3))]
-    expected = np.zeros((EXPERTS, FEATURES, HIDDEN))
-    for g in range(5, GROUPS):
-        expected[index[g]] += x[g].T @ (weight[g][:, None] * y[g])
-    np.testing.assert_allclose(grouped.outer(rows, jnp.asarray(index), EXPERTS), expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(grouped.outer(rows, jnp.where(index == EXPERTS, 1, 0), 1)[0], expected.sum(0), rtol=1e-5, atol=1e-4)
+    assert chosen == 2 * [grouped.sizes(GROUPS, EXPERTS)[CHOSEN[spread]]]
 
 
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize(("groups", "experts"), [(9, 8), (40, 8), (64, 3), (100, 17)])
-def test_each_group_has_a_place_of_its_own_in_a_tile_of_its_expert(groups, experts, seed):
-    rng = np.random.default_rng(seed)
-    index = rng.choice(experts, groups, p=rng.dirichlet(np.full(experts, 0.1 + seed))).astype(np.int32)
-    counts = np.bincount(index, minlength=experts)
-    for size, spare in grouped.sizes(groups, experts):
-        if np.maximum(-(-counts // size) - 1, 0).sum() > spare:
+@pytest.mark.parametrize("absent", [5, GROUPS // 2, GROUPS])
+def test_groups_without_an_expert_take_no_place_and_give_nothing(absent, chosen):
+    index, x, y = index_of([8] * EXPERTS), draw(GROUPS, ROWS, FEATURES, seed=1), draw(GROUPS, ROWS, HIDDEN, seed=2)
+    index[:absent], y[:absent] = EXPERTS, np.nan
+    found, expected = sums(x, y, draw(GROUPS, ROWS, seed=4), index)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    x[:absent] = np.nan
+    base = draw(EXPERTS, FEATURES, HIDDEN, seed=3)
+    right = np.where((index < EXPERTS)[:, None, None], np.einsum("grd,gdh->grh", x, base[index % EXPERTS]), 0)
+    np.testing.assert_allclose(grouped.matmul(x, base, index), right, rtol=1e-5, atol=1e-5)
+    jax.effects_barrier()
+    assert chosen == 2 * [grouped.sizes(GROUPS, EXPERTS)[0]]
+
+
+def test_one_expert_and_more_experts_than_groups():
+    x, y, weight = draw(GROUPS, ROWS, FEATURES, seed=1), draw(GROUPS, ROWS, HIDDEN, seed=2), draw(GROUPS, ROWS, seed=4)
+    index = (np.arange(GROUPS) % 5 == 0).astype(np.int32)  # 1 is left out
+    rows = [grouped.Rows(*map(jnp.asarray, (x, y, weight)))]
+    kept = index == 0
+    expected = np.einsum("grd,gr,grh->dh", x[kept], weight[kept], y[kept])
+    np.testing.assert_allclose(grouped.outer(rows, jnp.asarray(index), 1)[0], expected, rtol=1e-4, atol=1e-4)
+    few = [grouped.Rows(*(a[:3] for a in rows[0]))]
+    found = grouped.outer(few, jnp.array([6, 0, EXPERTS]), EXPERTS)
+    for expert, g in ((6, 0), (0, 1)):
+        np.testing.assert_allclose(found[expert], x[g].T @ (weight[g][:, None] * y[g]), rtol=1e-5, atol=1e-5)
+    assert np.count_nonzero(np.abs(found).sum((1, 2))) == 2
+    base = draw(EXPERTS, FEATURES, HIDDEN, seed=3)
+    np.testing.assert_allclose(grouped.matmul(x[:2], base, jnp.array([6, 0])), x[:2] @ base[[6, 0]], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spread", ["even", "unevenly"])
+def test_products_of_bfloat16_are_summed_in_float32(spread):
+    index, x, y = index_of(SPREADS[spread]), draw(GROUPS, ROWS, FEATURES, seed=1), draw(GROUPS, ROWS, HIDDEN, seed=2)
+    x, y, weight = (np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for a in (x, y, np.ones((GROUPS, ROWS))))
+    found, expected = sums(x, y, weight, index, jnp.bfloat16)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+    base = jnp.asarray(draw(EXPERTS, FEATURES, HIDDEN, seed=3), jnp.bfloat16)
+    assert grouped.matmul(jnp.asarray(x, jnp.bfloat16), base, jnp.asarray(index)).dtype == jnp.bfloat16
+
+
+def test_clients_and_models_under_vmap_take_one_branch():
+    """All clients' groups come together, and several models the layout that does for all of them."""
+    spreads = [index_of(SPREADS[name]) for name in ("even", "unevenly")]
+    x = draw(2, GROUPS, ROWS, FEATURES, seed=1)
+    bases, index = draw(2, EXPERTS, FEATURES, HIDDEN, seed=3), np.stack(spreads)
+    of_models = jax.vmap(grouped.matmul)
+    right = np.einsum("mgrd,mgdh->mgrh", x, np.stack([base[own] for base, own in zip(bases, index, strict=True)]))
+    np.testing.assert_allclose(of_models(x, bases, index), right, rtol=1e-5, atol=1e-5)
+    assert " cond[" in str(jax.make_jaxpr(of_models)(x, bases, index))
+    of_clients = jax.vmap(grouped.matmul, (0, None, 0))
+    right = np.einsum("cgrd,cgdh->cgrh", x, bases[0][index])
+    np.testing.assert_allclose(of_clients(x, bases[0], index), right, rtol=1e-5, atol=1e-5)
+    for axes, args in (((None, None, 0), (x[0], bases[0], index)), ((0, None, None), (x, bases[0], index[0]))):
+        right = np.stack([grouped.matmul(*(a if axis is None else a[c] for a, axis in zip(args, axes, strict=True))) for c in range(2)])
+        np.testing.assert_allclose(jax.vmap(grouped.matmul, axes)(*args), right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", range(3))
+@pytest.mark.parametrize(("groups", "experts"), [(40, 8), (64, 3), (100, 17)])
+def test_each_group_has_a_place_of_its_own_in_a_tile_of_its_expert(groups, experts, option):
+    size, spare = grouped.sizes(groups, experts)[option]
+    rng, done = np.random.default_rng(option), 0
+    while done < 8:
+        index = rng.permutation(np.arange(groups) % experts)
+        again = rng.random(groups) < [0.0, 0.3, 1.0][option]
+        index[again] = rng.choice(experts, again.sum(), p=rng.dirichlet(np.ones(experts)))
+        index[rng.random(groups) < 0.1 * done] = experts
+        counts = np.bincount(index, minlength=experts + 1)[:experts]
+        if sum(max(-(-n // size) - 1, 0) for n in counts) > spare:
+            assert option == 1
             continue
-        layout = jax.tree.map(np.asarray, grouped.lay_out(jnp.asarray(index), experts, size, spare))
-        expert = np.concatenate([np.arange(experts), layout.owner])
-        np.testing.assert_array_equal(layout.group.ravel()[layout.place], np.arange(groups))
-        assert layout.filled.ravel()[layout.place].all() and layout.filled.sum() == groups
-        np.testing.assert_array_equal(expert[layout.place // size], index)
-    size, spare = grouped.sizes(groups, experts)[-1]
-    assert np.maximum(-(-counts // size) - 1, 0).sum() <= spare
+        done += 1
+        layout = jax.tree.map(np.asarray, grouped.lay_out(*map(jnp.int32, (index, counts)), size, spare))
+        expert, here = np.concatenate([np.arange(experts), layout.owner]), np.flatnonzero(index < experts)
+        place = layout.place[here]
+        np.testing.assert_array_equal(layout.group.ravel()[place], here)
+        assert layout.filled.ravel()[place].all() and layout.filled.sum() == len(here)
+        np.testing.assert_array_equal(expert[place // size], index[here])

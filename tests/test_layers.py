@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from fedmoe_jax.base import Batch
+from fedmoe_jax.kernels import portable
 from fedmoe_jax.models.losses import balanced_softmax, cross_entropy
 from fedmoe_jax.nn.attention import Attention, is_fused, rotate
 from fedmoe_jax.nn.convolution import convolve
@@ -71,7 +72,9 @@ def test_attention_equals_oracle(qk_norm):
     ("capability", "dtype", "tokens", "features", "fused"),
     [
         ("9.0", jnp.bfloat16, 256, 128, True),
-        ("8.6", jnp.float16, 2, 8, True),
+        ("8.6", jnp.bfloat16, 2, 8, True),
+        ("9.0", jnp.float16, 256, 128, False),
+        ("10.3", jnp.bfloat16, 256, 128, False),
         ("9.0", jnp.float32, 256, 128, False),
         ("9.0", jnp.bfloat16, 255, 128, False),
         ("9.0", jnp.bfloat16, 256, 36, False),
@@ -85,20 +88,39 @@ def test_attention_is_fused_where_cudnn_takes_it(capability, dtype, tokens, feat
     device = types.SimpleNamespace() if capability is None else types.SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert is_fused((2, tokens, 4, features), dtype) is fused
+    with portable():
+        assert not is_fused((2, tokens, 4, features), dtype)
+    with jax.default_device("cpu"):
+        assert not is_fused((2, tokens, 4, features), dtype)
     used = []
 
     def attend(q, k, v, *, is_causal, implementation):
         used.append(implementation)
+        assert is_causal and q.shape == (2, tokens, 4, features) and k.shape == v.shape == (2, tokens, 2, features)
         return q
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
     x = jnp.ones((2, tokens, 4 * features), dtype)
     for implementation in (None, "xla", "cudnn"):
-        options = dict(heads=4, kv_heads=4, dtype=dtype, implementation=implementation)
+        options = dict(heads=4, kv_heads=2, dtype=dtype, implementation=implementation)
         Attention(4 * features, **options, rngs=nnx.Rngs(0))(x)
     assert used == ["cudnn" if fused else "xla", "xla", "cudnn"]
     with pytest.raises(ValueError, match=r"^implementation is 'flash'"):
         Attention(8, heads=4, kv_heads=2, implementation="flash", rngs=nnx.Rngs(0))
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN's attention is for NVIDIA GPUs")
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_fused_attention_is_that_of_xla_under_vmap_and_grad(kv_heads):
+    x = jax.random.normal(jax.random.key(1), (3, 2, 16, 32), jnp.bfloat16)
+
+    def losses(implementation):
+        graph, weights = nnx.split(Attention(32, heads=4, kv_heads=kv_heads, implementation=implementation, rngs=nnx.Rngs(0)))
+        own = jax.tree.map(lambda w: w * jnp.array([1.0, 2.0, 3.0]).reshape(-1, *(1,) * w.ndim), weights)
+        loss = jax.value_and_grad(lambda weights, x: (nnx.merge(graph, weights)(x).astype(jnp.float32) ** 2).mean())
+        return jax.jit(jax.vmap(loss))(own, x)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.05, atol=0.01 * float(jnp.abs(b).max())), losses(None), losses("xla"))
 
 
 def test_grouped_heads_equal_repeated_ones():

@@ -128,7 +128,7 @@ def test_wrong_denominators_are_seen(engine, of_experts):
 
 def test_rows_that_the_dual_engine_loses_are_seen(monkeypatch):
     right = kernels.grouped.outer
-    monkeypatch.setattr(kernels.grouped, "outer", lambda x, y, index, size: right(x, y, index.at[0].set(size), size))
+    monkeypatch.setattr(kernels.grouped, "outer", lambda rows, index, size: right(rows, index.at[0].set(size), size))
     assert not holds("dual")
 
 

@@ -13,6 +13,7 @@ from small_round import BATCH, CLIENTS, EXPERTS, KEY, SIZES, algorithm, aligner,
 from fedmoe_jax import aggregation, alignment, partition, sampling
 from fedmoe_jax.base import stage_key
 from fedmoe_jax.experts import RouterParam
+from fedmoe_jax.local import primal
 from fedmoe_jax.local.cost import round_cost
 from fedmoe_jax.local.primal import local_batch, num_processed, num_steps
 from fedmoe_jax.models.losses import cross_entropy
@@ -47,6 +48,17 @@ def test_a_personal_router_must_fit_its_budget():
     with pytest.raises(ValueError, match=f"router is 'personal', which takes {needed} bytes"):
         algorithm(router="personal", personal_budget_bytes=float(needed - 1)).init(KEY, population())
     algorithm(router="personal", personal_budget_bytes=float(needed)).init(KEY, population())
+
+
+def test_batches_are_the_same_whether_all_orders_are_drawn_at_once(monkeypatch):
+    data = population()
+    for client, size in enumerate(SIZES):
+        args, steps = (KEY, data, jnp.int32(client)), 3 * -(-max(SIZES) // BATCH)
+        for most in (0, 1 << 12):
+            monkeypatch.setattr(primal, "_AT_ONCE", most)
+            batches = primal.local_batches(*args, steps, BATCH)
+            for step in range(3 * -(-size // BATCH)):
+                jax.tree.map(np.testing.assert_array_equal, batches(jnp.int32(step)), local_batch(*args, step, BATCH))
 
 
 @pytest.mark.parametrize("local", [dict(local_epochs=3, local_steps=None), *(dict(local_epochs=None, local_steps=n) for n in (1, 2, 7))])

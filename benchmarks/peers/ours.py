@@ -25,13 +25,13 @@ def give(model, layers):
 
 
 class Shared(nnx.Module):
-    """A network that all clients train, the bias of whose output is the one expert, which all examples use."""
+    """A network that all clients train. As a round wants an expert, the bias of its output is one, which all examples use."""
 
     def __init__(self):
         self.bias = fm.ExpertParam(jnp.zeros((1, 10)))
         self.slots = SlotState(Slots(jnp.ones(1, bool), jnp.zeros(1)))
 
-    def used(self, x):
+    def note_use(self, x):
         """Notes that all examples use the expert."""
         slots = self.slots.get_value()
         self.slots.set_value(dataclasses.replace(slots, tokens=jnp.ones((len(x), 1)), penalty=jnp.zeros(())))
@@ -47,7 +47,7 @@ class Dense(Shared):
         give("mlp", [(self.first.kernel, "into"), (self.first.bias, "into_bias"), (self.out.kernel, "out")])
 
     def __call__(self, x):
-        self.used(x)
+        self.note_use(x)
         return self.out(jax.nn.relu(self.first(x.reshape(len(x), -1)))) + self.bias.get_value()[0]
 
 
@@ -66,7 +66,7 @@ class Convolutional(Shared):
         give("cnn", [(self.first.linear.kernel, "first"), (self.second.linear.kernel, "second"), (self.out.kernel, "out")])
 
     def __call__(self, x):
-        self.used(x)
+        self.note_use(x)
         x = x[..., None]
         for layer, bias in zip((self.first, self.second), self.biases, strict=True):
             x = networks.pooled(jax.nn.relu(layer(x) + bias.get_value()))

@@ -69,9 +69,9 @@ def prices(problem: Problem) -> tuple[Int[Array, " expert"], Float[Array, " expe
 def _step(problem: Problem, worth, slots, whole, rest, smoothing):
     """Prices and thresholds after a step of Newton's method for one smoothing, and how far off they were before it.
 
-    These are integers and what is left beside them, in units of the range of values; only the rest changes. Also returns by
-    how many clients the worst expert was off, and how many clients were undecided. Values and their parts, slots and thresholds
-    are in blocks of clients.
+    These are integers, of which `whole` are those of the prices, and what is left beside them, in units of the range of values;
+    only the rest changes. Also returns by how many clients the worst expert was off, and how many clients were undecided.
+    `worth`, slots and thresholds are in blocks of clients.
     """
     prices, thresholds = rest
     lower, room = (x.astype(jnp.float32) for x in (problem.lower, problem.upper - problem.lower))

@@ -282,7 +282,8 @@ def receive(experts: Any, held: Int[Array, " slot"], uses: Any) -> Any:
 
     def one(held, weight):
         if is_dual(weight):
-            return dataclasses.replace(weight, held=jnp.maximum(held, 0) % weight.base.shape[0])
+            number = weight.base.shape[0]
+            return dataclasses.replace(weight, held=jnp.where(held == NO_EXPERT, number, held % number))
         return weight[jnp.maximum(held, 0) % weight.shape[0]]
 
     return map_groups(one, groups(experts), held, chosen)

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.extend import core
 
-from fedmoe_jax import posterior
+from fedmoe_jax import kernels, posterior
 from fedmoe_jax.base import Batch, LossFn, RoundCost
 from fedmoe_jax.experts import Partition, RouterParam, groups
 from fedmoe_jax.local.primal import objective, solo_losses
@@ -24,7 +24,12 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
     Loops count their body times their length; loops of unknown length count it once, branches their dearest.
     Arguments may be `jax.ShapeDtypeStruct`.
     """
-    return _flops(jax.make_jaxpr(function)(*args).jaxpr)
+    return _flops(_traced(function, *args))
+
+
+def _traced(function: Callable[..., Any], *args: Any) -> Any:
+    with kernels.portable():
+        return jax.make_jaxpr(function)(*args).jaxpr
 
 
 def _flops(jaxpr: Any) -> int:
@@ -125,7 +130,7 @@ def round_cost(
         return count_flops(jax.grad(lambda *a: objective(parts, loss_fn, *a)[0], (0, 1)), *arguments(slots)) / batch.mask.shape[0]
 
     def activations(slots):
-        return _intermediate_bytes(jax.make_jaxpr(lambda *a: objective(parts, loss_fn, *a)[0])(*arguments(slots)).jaxpr)
+        return _intermediate_bytes(_traced(lambda *a: objective(parts, loss_fn, *a)[0], *arguments(slots)))
 
     def solo(candidates):
         if solo_batch is None:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from fedmoe_jax.base import LossFn, Population
 from fedmoe_jax.experts import Partition
 from fedmoe_jax.kernels import DualDelta, DualKernel, History, is_dual
-from fedmoe_jax.local.primal import LocalResult, local_orders, num_steps, objective
+from fedmoe_jax.local.primal import LocalResult, local_batches, num_steps, objective
 
 UNROLLED = 8
 """Up to so many steps are unrolled, so that each one costs only the history that exists; more run in a loop."""
@@ -96,9 +96,8 @@ def train(
     received, treedef = jax.tree.flatten((experts, shared), is_leaf=is_dual)
     tree = functools.partial(jax.tree.unflatten, treedef)
     sizes: dict[str, Any] = dict(batch_size=batch_size, local_epochs=local_epochs, local_steps=local_steps)
-    owned = population.num_examples(client)
-    most, steps = num_steps(population.max_examples, **sizes), num_steps(owned, **sizes)
-    orders = local_orders(key, owned, most, batch_size)
+    most, steps = (num_steps(number, **sizes) for number in (population.max_examples, population.num_examples(client)))
+    batches = local_batches(key, population, client, most, batch_size)
     start = [leaf if use is None else _unit(leaf, 0, most) for leaf, use in zip(received, uses, strict=True)]
     taps = [None if use is None else _tap(use) for use in uses]
 
@@ -111,7 +110,7 @@ def train(
 
     def step(index, carry, histories):
         weights, optimizer_state, (tokens, correct, total, trained_loss, trained) = carry
-        batch = population.batch(client, orders[index])
+        batch = batches(index)
         small = [weight if use is None else None for weight, use in zip(weights, uses, strict=True)]
         args = weights, histories, batch, filled, prior, jax.random.fold_in(key, index)
         (grads, seen), (losses, rights, sent) = jax.grad(loss, (0, 1), has_aux=True)(small, taps, *args)

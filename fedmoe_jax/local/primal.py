@@ -1,7 +1,7 @@
 """Local training with each client's own copy of the weights it holds: the primal engine."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from fedmoe_jax.base import Batch, LossFn, Population, pytree
 from fedmoe_jax.experts import Partition, RouterParam, Slots, bind, by_group, groups, report
 from fedmoe_jax.kernels import is_dual
 from fedmoe_jax.sampling import permutation
+
+_AT_ONCE = 1 << 12  # examples of a client's local training whose order is drawn at once
 
 
 @pytree
@@ -96,14 +98,20 @@ def local_order(key: Key[Array, ""], num_examples: Int[Array, ""], step: Int[Arr
     return jnp.where(position < num_examples, shuffled, num_examples)
 
 
-def local_orders(key: Key[Array, ""], num_examples: Int[Array, ""], steps: int, batch_size: int) -> Int[Array, "step row"]:
-    """`local_order` of all steps at once: on a GPU each permutation waits for the host."""
-    return jax.vmap(lambda step: local_order(key, num_examples, step, batch_size))(jnp.arange(steps))
-
-
 def local_batch(key: Key[Array, ""], population: Population, client: Int[Array, ""], step: Int[Array, ""] | int, batch_size: int) -> Batch:
     """The batch of a local step."""
     return population.batch(client, local_order(key, population.num_examples(client), step, batch_size))
+
+
+def local_batches(
+    key: Key[Array, ""], population: Population, client: Int[Array, ""], steps: int, batch_size: int
+) -> Callable[[Int[Array, ""] | int], Batch]:
+    """`local_batch` as a function of the step. Of few examples all orders are drawn at once: on a GPU each draw waits for the host."""
+    if steps * batch_size > _AT_ONCE:
+        return lambda step: local_batch(key, population, client, step, batch_size)
+    size = population.num_examples(client)
+    orders = jax.vmap(lambda step: local_order(key, size, step, batch_size))(jnp.arange(steps))
+    return lambda step: population.batch(client, orders[step])
 
 
 def train(
@@ -133,13 +141,12 @@ def train(
     """
     received = (experts, shared)
     sizes: dict[str, Any] = dict(batch_size=batch_size, local_epochs=local_epochs, local_steps=local_steps)
-    owned = population.num_examples(client)
-    orders = local_orders(key, owned, num_steps(population.max_examples, **sizes), batch_size)
+    batches = local_batches(key, population, client, num_steps(population.max_examples, **sizes), batch_size)
     gradient = jax.grad(lambda weights, *args: objective(parts, loss_fn, *weights, *args), has_aux=True)
 
     def step(index, carry):
         weights, optimizer_state, (tokens, correct, loss, total, trained), seen = carry
-        batch = population.batch(client, orders[index])
+        batch = batches(index)
         grads, (losses, rights, sent) = gradient(weights, batch, held, prior, jax.random.fold_in(key, index))
         if correction is not None:
             seen = jax.tree.map(jnp.add, seen, grads)
@@ -154,7 +161,7 @@ def train(
     none = jnp.zeros(held.shape[0])
     unseen = None if correction is None else jax.tree.map(jnp.zeros_like, received)
     start = (received, optimizer.init(received), (none, none, none, jnp.zeros(()), jnp.zeros(())), unseen)
-    steps = num_steps(owned, **sizes)
+    steps = num_steps(population.num_examples(client), **sizes)
     weights, _, sums, seen = jax.lax.fori_loop(0, steps, step, start)
     delta_experts, delta_shared = jax.tree.map(jnp.subtract, weights, received)
     result = LocalResult(delta_experts, delta_shared, *sums)

@@ -38,7 +38,7 @@ class Transformer(nnx.Module):
       vocabulary: number of token ids.
       layers, features: depth and width.
       heads, kv_heads, head_dim, qk_norm, rope_base: see `nn.attention.Attention`.
-      attention: its `implementation`.
+      attention: its `implementation`, "xla", "cudnn" or None for whichever is quicker.
       num_experts, top_k: experts of each layer, and how many a token uses.
       per_layer: whether the experts of each layer follow an assignment of their own; else all layers share one.
       expert_hidden: width inside an expert.
@@ -72,14 +72,14 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
         **moe_options: Any,
     ):
-        heading: dict[str, Any] = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, qk_norm=qk_norm, rope_base=rope_base)
+        of_heads: dict[str, Any] = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, qk_norm=qk_norm, rope_base=rope_base)
         moe: dict[str, Any] = dict(top_k=top_k, activation="swiglu", use_bias=False) | moe_options
 
         def layer(index):
             group: dict[str, Any] = dict(group=f"layers.{index}") if per_layer else {}
             return Layer(
                 features,
-                attention=Attention(features, **heading, implementation=attention, dtype=dtype, rngs=rngs),
+                attention=Attention(features, **of_heads, implementation=attention, dtype=dtype, rngs=rngs),
                 moe=MoE(features, expert_hidden, num_experts, **moe, **group, dtype=dtype, rngs=rngs),
                 residual_scale=(2 * layers) ** -0.5,
             )

@@ -1,11 +1,14 @@
 """Causal grouped-query attention with rotary positions, in the shape of Mixtral, Qwen3-MoE and OLMoE."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from fedmoe_jax.kernels import is_portable
 from fedmoe_jax.nn.linear import Linear, RMSNorm
 
 
@@ -24,15 +27,17 @@ def rotate(x: Float[Array, "example token head feature"], position: Int[Array, "
 
 
 def is_fused(shape: tuple[int, ...], dtype: DTypeLike) -> bool:
-    """Whether cuDNN's fused attention is used: in half precision, for what it takes, on NVIDIA GPUs since Ampere.
+    """Whether cuDNN's fused attention is used: in bfloat16, for shapes that it takes, on an NVIDIA GPU of compute capability 8 or 9.
 
     Args:
       shape: of the queries, (example, token, head, feature).
     """
     _, tokens, _, head_dim = shape
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # "gfx90a" of AMD's, none of a CPU
+    if is_portable() or jax.config.values["jax_default_device"] is not None:  # it may run elsewhere
+        return False
     takes = tokens > 1 and tokens % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128
-    return takes and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16) and capability[:1].isdigit() and float(capability) >= 8
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # "gfx90a" of AMD's, none of a CPU
+    return takes and jnp.dtype(dtype) == jnp.bfloat16 and capability.split(".")[0] in ("8", "9")
 
 
 class Attention(nnx.Module):
@@ -45,11 +50,12 @@ class Attention(nnx.Module):
       qk_norm: RMSNorm of queries and keys, over each "head" (Qwen3) or the whole "projection" (OLMoE); default none.
       rope_base: base of the rotary frequencies.
       dtype: what it computes in, by default the dtype of x. The softmax is computed in float32.
-      implementation: "xla", "cudnn", or None for the latter where `is_fused` says so. On an H200 in bfloat16 cuDNN's outputs and
-        gradients are as near to those in float32 as XLA's (benchmarks/attention.py).
+      implementation: "xla", "cudnn", or None for the latter where `is_fused` says so. On an H200 cuDNN's outputs and gradients are
+        as near to those in float32 as XLA's (benchmarks/results/attention.jsonl).
 
     Raises:
       ValueError: naming the argument that does not fit.
+      RuntimeError, NotImplementedError: from JAX when it is called, if "cudnn" is asked for where that cannot be.
     """
 
     def __init__(
@@ -95,7 +101,7 @@ class Attention(nnx.Module):
         position = jnp.arange(x.shape[1])
         q = rotate(self._heads(self.q(x), self.q_norm), position, self.rope_base)
         k = rotate(self._heads(self.k(x), self.k_norm), position, self.rope_base)
-        used = self.implementation or ("cudnn" if is_fused(q.shape, q.dtype) else "xla")
+        used: Any = self.implementation or ("cudnn" if is_fused(q.shape, q.dtype) else "xla")
         y = jax.nn.dot_product_attention(q, k, self._heads(self.v(x), None), is_causal=True, implementation=used)
         return self.o(y.reshape(*x.shape[:2], -1))
 
