@@ -52,3 +52,26 @@ def test_a_peer_learns_as_we_do(peer):
     if importlib.util.find_spec(PACKAGES[peer]) is None:
         pytest.skip(f"{PACKAGES[peer]} is not installed")
     assert len(figures_of("peers/compare", "--workloads", "tiny", "--repeats", "1", f"--{peer}", sys.executable)) >= 5
+
+
+def test_kernels_are_told_apart_and_counted_once():
+    """Two kernels at the same time, one after them; names as the profiler gives them."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    try:
+        import kernel_times
+    finally:
+        sys.path.pop(0)
+    found = [(0.0, 4.0, "nvjet_sm90_tst_128x160_64x5_2x1_v_bz_NNT"), (2.0, 4.0, "loop_gather_fusion_3"), (10.0, 1.0, "loop_add_fusion")]
+    milliseconds, started = kernel_times.times(found, 2)
+    assert milliseconds == pytest.approx(dict(busy=3.5e-3, products=2e-3, moves=1e-3, others=5e-4)) and started == 1.5
+    assert [kernel_times.kind(name) for name in ("gemm_fusion_dot_13", "MemcpyD2D", "input_reduce_fusion")] == [
+        "products",
+        "moves",
+        "others",
+    ]
+
+
+@pytest.mark.slow
+def test_kernel_times_of_a_cpu_are_the_rounds_alone():
+    (figure,) = figures_of("kernel_times", "--small")
+    assert figure["metric"] == "round" and figure["value"] > 0

@@ -13,8 +13,8 @@ from fedmoe_jax.alignment.flow import Problem
 _SHRINK = 10.0**-0.4
 _SMOOTHING = tuple(0.02 * _SHRINK**level for level in range(17))  # relative to the range of values
 _PARTLY = 8.0  # smoothings: below such a price an expert is not quite full, to within a client in 3,000
-_NEWTON_STEPS = 6  # at most, for each smoothing
-_OFF = 1.0  # times the undecided clients of an expert by which it may be off, or half a client
+_NEWTON_STEPS = 10  # at most, for each smoothing
+_OFF = 0.4  # times the undecided clients of an expert by which it may be off, or half a client
 _UNDECIDED = 0.3, 0.02  # with fewer clients of an expert, as a sum of hold (1 - hold), and fewer of all slots it is told who gets what
 
 
