@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Int, Key
 from fedmoe_jax.base import stage_key
 
 _ROUNDS = 6
-_STEPS = 8  # of a walk between two looks whether all have arrived, for which a GPU's host waits
+_STEPS = 4  # of a walk between two looks whether all have arrived, for which a GPU's host waits
 _MIN_HALF_BITS = 3  # below this a Feistel network of six rounds reaches few permutations
 
 
@@ -15,7 +15,7 @@ def permutation(key: Key[Array, ""], position: Int[Array, "*shape"], size: Int[A
     """Where a random permutation of 0..size-1 sends each position, without forming the permutation.
 
     A balanced Feistel network over the next power of four, walked until it lands below `size` [1]. Costs nothing per
-    element of the permutation, so 20 clients of a million cost some 20 walks, of nine evaluations or a few times as many.
+    element of the permutation, so 20 clients of a million cost some 20 walks, of five evaluations or a few times as many.
 
     Args:
       key: names the permutation.

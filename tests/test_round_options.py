@@ -1,6 +1,7 @@
 """Options of a round: personal routers, local steps, proximal term, optimizers by round, deadlines, and wrong arguments."""
 
 import dataclasses
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -51,14 +52,16 @@ def test_a_personal_router_must_fit_its_budget():
 
 
 def test_batches_are_the_same_whether_all_orders_are_drawn_at_once(monkeypatch):
-    data = population()
-    for client, size in enumerate(SIZES):
-        args, steps = (KEY, data, jnp.int32(client)), 3 * -(-max(SIZES) // BATCH)
-        for most in (0, 1 << 12):
-            monkeypatch.setattr(primal, "_AT_ONCE", most)
-            batches = primal.local_batches(*args, steps, BATCH)
-            for step in range(3 * -(-size // BATCH)):
-                jax.tree.map(np.testing.assert_array_equal, batches(jnp.int32(step)), local_batch(*args, step, BATCH))
+    data, steps = population(), jnp.arange(3 * -(-max(SIZES) // BATCH))
+    found = []
+    for most in (0, 1 << 12):
+        monkeypatch.setattr(primal, "_AT_ONCE", most)
+        drawn = jax.jit(jax.vmap(lambda client: jax.vmap(primal.local_batches(KEY, data, client, len(steps), BATCH))(steps)))
+        found.append(drawn(jnp.arange(len(SIZES))))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    for client, step in ((0, 0), (1, 2), (len(SIZES) - 1, len(steps) - 1)):
+        one = local_batch(KEY, data, jnp.int32(client), step, BATCH)
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(itemgetter((client, step)), found[1]), one)
 
 
 @pytest.mark.parametrize("local", [dict(local_epochs=3, local_steps=None), *(dict(local_epochs=None, local_steps=n) for n in (1, 2, 7))])
