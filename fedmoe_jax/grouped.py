@@ -25,7 +25,7 @@ _ROOM = 1.125
 """Places of a tile over the mean number of groups of an expert: so many are asked for where all targets are the mean, to within 10%."""
 
 _SPARE = 0.45
-"""Tiles to spare for each expert. Rounds of `balanced` whose clients sent experts unequal tokens needed 0.1 to 0.4."""
+"""Tiles to spare for each expert: for rounds in which `balanced` makes up for unequal tokens. A setting."""
 
 _TILES = 4
 """The last resort are tiles so many times smaller than the mean, of which enough are there for any groups."""

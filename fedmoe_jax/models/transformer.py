@@ -38,7 +38,7 @@ class Transformer(nnx.Module):
       vocabulary: number of token ids.
       layers, features: depth and width.
       heads, kv_heads, head_dim, qk_norm, rope_base: see `nn.attention.Attention`.
-      attention: its `implementation`, "xla", "cudnn" or None for whichever is quicker.
+      attention: its `implementation`, "xla", "cudnn" or None for the latter where it can be.
       num_experts, top_k: experts of each layer, and how many a token uses.
       per_layer: whether the experts of each layer follow an assignment of their own; else all layers share one.
       expert_hidden: width inside an expert.
