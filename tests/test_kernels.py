@@ -45,6 +45,15 @@ def test_deltas_on_request_and_norms_without_them(table):
     )
 
 
+def test_a_long_sum_is_cut_by_clients_on_a_gpu(monkeypatch):
+    delta, weight = delta_of(table=False, clients=500), jnp.linspace(-1, 1, 500)
+    whole = kernels.shared_sum(delta, weight)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_allclose(kernels.shared_sum(delta, weight), whole, rtol=1e-4, atol=1e-3)
+    shapes = [equation.outvars[0].aval.shape for equation in jax.make_jaxpr(kernels.shared_sum)(delta, weight).eqns]
+    assert (2, *whole.shape) in shapes, "3,000 rows of 500 clients make three pieces at most, and two that are equal"
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_table_with_a_history_is_the_table_that_it_stands_for(dtype):
     """Also for places that count from the end."""

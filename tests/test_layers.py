@@ -1,6 +1,7 @@
 """Layers and the loss against oracles: attention and its rotation, convolution, norms, cross-entropy."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -13,7 +14,7 @@ from fedmoe_jax.base import Batch
 from fedmoe_jax.kernels import portable
 from fedmoe_jax.models.losses import balanced_softmax, cross_entropy
 from fedmoe_jax.nn.attention import Attention, is_fused, rotate
-from fedmoe_jax.nn.convolution import convolve
+from fedmoe_jax.nn.convolution import convolve, patches
 from fedmoe_jax.nn.linear import Conv, GroupNorm, RMSNorm
 
 LENGTH = 7
@@ -177,6 +178,22 @@ def test_gradient_of_a_kernel_for_each_client_is_that_of_xla(stride, size, dtype
     for found, expected in zip(gradients(lambda x, kernel: convolve(x, kernel, stride)), gradients(lax), strict=True):
         assert found.dtype == expected.dtype
         np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (found, expected)), atol=1e-4 if dtype == jnp.float32 else 0.3)
+
+
+@pytest.mark.parametrize(("stride", "size"), [(1, (5, 6)), (2, (5, 6)), (2, (8, 7))])
+def test_what_positions_read_is_the_same_by_a_table(stride, size, monkeypatch):
+    def both(x):
+        of_one = jax.value_and_grad(lambda x: jnp.sin(jnp.arange(27) * patches(x, stride)).sum())
+        return jax.jit(jax.vmap(of_one))(x), str(jax.make_jaxpr(of_one)(x[0]))
+
+    x = jax.random.normal(jax.random.key(0), (2, 3, *size, 3))
+    joined, program = both(x)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found, of_gpu = both(x)
+    assert "gather" in of_gpu and "gather" not in program
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), found, joined)
+    with portable():
+        assert both(x)[1] == program
 
 
 def test_conv_is_convolved_only_where_that_is_quicker(monkeypatch):

@@ -87,16 +87,16 @@ def main(name, engine="primal"):
         batch_size=workload.BATCH, local_epochs=1, solo_examples=0, engine=engine,
     )  # fmt: skip
     state, run = algorithm.init(jax.random.key(0), population), fm.rounds(algorithm.step, work.rounds)
-    most = work.rounds
 
-    def some(number):
+    def some(number=work.rounds):
         nonlocal state
         state, _ = run(state, population, jnp.int32(number))
 
     some(work.warm_up)
-    seconds = workload.timed(lambda _: some(most), workload.Workload(0, 0, "", 0, 1), lambda: jax.block_until_ready(state))
+    some()
     model = trained(work.model, state)
     loss = -jnp.take_along_axis(jax.nn.log_softmax(model(jnp.asarray(test_x))), jnp.asarray(test_y)[:, None], 1).mean()
+    seconds = workload.timed_loop(some, lambda: jax.block_until_ready(state))
     workload.report(
         f"fedmoe_jax, {engine}", f"{importlib.metadata.version('fedmoe_jax')}, JAX {jax.__version__}", name, seconds, float(loss)
     )

@@ -4,7 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
+
+from fedmoe_jax.kernels import is_portable
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -53,10 +56,38 @@ def _of_strided_kernel(x, gradient, stride):
 
 
 def patches(x: Float[Array, "example height width channel"], stride: int) -> Float[Array, "example new_height new_width 9*channel"]:
-    """What each position of a 3 x 3 convolution reads, ordered (row, column, channel)."""
+    """What each position of a 3 x 3 convolution reads, ordered (row, column, channel).
+
+    A GPU looks them up by a table, at more than twice the speed at which it joins nine shifts of the image; a CPU joins them.
+    """
+    return _looked_up(x, stride) if on_gpu() else _joined(x, stride)
+
+
+def on_gpu() -> bool:
+    """Whether a model is traced for a GPU, and not as on any machine."""
+    return jax.default_backend() == "gpu" and not is_portable()
+
+
+def _joined(x, stride):
     height, width = x.shape[1:3]
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     return jnp.concatenate([padded[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)], -1)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _looked_up(x, stride):
+    examples, height, width, channels = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).reshape(examples, -1, channels)
+    rows, columns = np.arange(0, height, stride), np.arange(0, width, stride)
+    corner, offset = (width + 2) * rows[:, None] + columns, (width + 2) * np.arange(3)[:, None] + np.arange(3)
+    found = padded.at[:, corner[..., None] + offset.reshape(-1)].get(mode="promise_in_bounds")
+    return found.reshape(examples, len(rows), len(columns), 9 * channels)
+
+
+def _add_joined(stride, x, gradient):
+    """The gradient is that of the joined shifts: they are added without atomics, so that it has the same bits in each run."""
+    return jax.vjp(lambda x: _joined(x, stride), x)[1](gradient)
+
+
 convolve.defvjp(_forward, _backward)
+_looked_up.defvjp(lambda x, stride: (_looked_up(x, stride), x), _add_joined)

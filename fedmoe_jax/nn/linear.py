@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, Shaped
 
 from fedmoe_jax.kernels import matmul
-from fedmoe_jax.nn.convolution import convolve, patches
+from fedmoe_jax.nn.convolution import convolve, on_gpu, patches
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "fan_in", "scale"))
@@ -88,7 +88,7 @@ class Conv(nnx.Module):
 
     def _is_quicker_convolved(self, x):
         alike = self.stride == 1 and self.shape[2] == self.shape[3] and min(x.shape[1:3]) >= 16
-        return jax.default_backend() == "gpu" and alike
+        return on_gpu() and alike
 
     def _convolved(self, x):
         x = x if self.linear.dtype is None else x.astype(self.linear.dtype)
