@@ -190,7 +190,7 @@ def shared_sum(delta: Any, weight: Float[Array, " client"]) -> Float[Array, "...
 
 
 def _sum_of_products(inputs, gradients):
-    """Over clients and rows. A GPU gets a long sum in pieces of some clients each: XLA would cut it anyway, and copy all rows to pad them."""
+    """Over clients and rows. A GPU gets a long sum in pieces of some clients each: XLA would cut it anyway, and pad copies of all rows."""
     clients, rows, features = inputs.shape
     most = min(clients * rows // 1000, 2**21 // (features * gradients.shape[-1])) if jax.default_backend() == "gpu" else 1
     pieces = max(number for number in range(1, max(most, 1) + 1) if clients % number == 0)

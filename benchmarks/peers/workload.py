@@ -61,16 +61,25 @@ def weights(model: str) -> dict[str, np.ndarray]:
     return kernels | {f"{name}_bias": np.zeros(w.shape[-1], np.float32) for name, w in kernels.items()}
 
 
+def flops(workload: Workload) -> int:
+    """Of the products that a client's round cannot do without: forward, of kernels, and of what is not the first layer's input."""
+    if workload.model == "mlp":
+        products = 2 * 784 * 128 + 3 * 128 * CLASSES
+    else:
+        products = 2 * 28 * 28 * 9 * 16 + 3 * 14 * 14 * 9 * 16 * 32 + 3 * 7 * 7 * 32 * CLASSES
+    return 2 * EXAMPLES * products
+
+
 def cohort(number: int, workload: Workload) -> np.ndarray:
     """The clients of a round."""
     return np.random.default_rng(1000 + number).choice(workload.clients, workload.cohort, replace=False)
 
 
-def report(peer: str, version: str, name: str, seconds: float, loss: float) -> None:
+def report(peer: str, version: str, name: str, seconds: float, loss: float | None) -> None:
     """Prints what a run gave, as one JSON line."""
     workload = WORKLOADS[name]
     rate = workload.cohort * workload.rounds / seconds
-    print(json.dumps(dict(peer=peer, version=version, workload=name, clients_per_second=rate, test_loss=float(loss))), flush=True)
+    print(json.dumps(dict(peer=peer, version=version, workload=name, clients_per_second=rate, test_loss=loss and float(loss))), flush=True)
 
 
 def timed(one_round, workload: Workload, finish) -> float:

@@ -125,7 +125,7 @@ def run(*, clients: int, experts: int, repeats: int = 5, seed: int = 0, referenc
       For each case its `seconds` (ratio: OR-tools' over ours), the `gap` to the optimum that OR-tools found and the
       `proven gap` by the dual bound, both relative to the total fitness, the `violation`, and the seconds from the last
       prices, of the same problem and, as in rounds with other cohorts, of half of its clients from the prices of the other half;
-      first the seconds of the first call, last the geometric mean and the least of the ratios.
+      first the seconds of tracing and of compilation, last the geometric mean and the least of the ratios.
 
     Raises:
       ValueError: naming the argument that cannot be, or if OR-tools is missing.
@@ -138,10 +138,13 @@ def run(*, clients: int, experts: int, repeats: int = 5, seed: int = 0, referenc
     for number, case in enumerate(cases(clients, experts, seed)):
         arrays = tuple(map(jnp.asarray, case[1:]))
         key = jax.random.key(seed)
-        first, (mask, info) = _timed(functools.partial(solve, *arrays, key=key))
         if number == 0:
-            yield _figure("compilation and first call", clients, experts, "seconds", first, "s")
-        ours = _median(functools.partial(solve, *arrays, key=key), repeats)
+            tracing, lowered = _timed(functools.partial(solve.lower, *arrays, key=key))
+            compilation, compiled = _timed(lowered.compile)
+            yield _figure("tracing", clients, experts, "seconds", tracing, "s")
+            yield _figure("compilation", clients, experts, "seconds", compilation, "s")
+        mask, info = compiled(*arrays, key=key)
+        ours = _median(functools.partial(compiled, *arrays, key=key), repeats)
         again = _median(functools.partial(solve, *arrays, key=key, prices=info.prices), repeats)
         figure = functools.partial(_figure, case.name, clients, experts)
         yield figure("proven gap", float(info.gap), "share of total fitness", "dual bound")
