@@ -96,6 +96,7 @@ def timed(one_round, workload: Workload, finish) -> float:
 
 def timed_loop(loop, finish) -> float:
     """Seconds of a loop of all rounds, the mean of as many as half a second takes; `finish()` waits until all is done."""
+    finish()
     start, count = time.perf_counter(), 0
     while not count or time.perf_counter() - start < 0.5:
         loop()
