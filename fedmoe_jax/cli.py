@@ -26,7 +26,7 @@ _USAGE = """usage: fedmoe COMMAND ...
                                                         lines of several, with link speeds, are a file for train --profile
   serve [CONFIG.toml] [--field value ...] --out DIR     a run with real clients; --help lists the fields
   join --server HOST:PORT --data DATA --state DIR       takes part in one as a client; --help lists the fields
-  bench assign [--clients N --experts E]                quality and speed of the assignment, one JSON line a figure
+  bench assign [--clients N --experts E]                quality and speed of the assignment, a table or, piped, JSON lines
 """
 
 
@@ -264,8 +264,9 @@ def _bench(words: list[str]) -> None:
 
     about = {"device": metrics.device(), "versions": metrics.versions(), "date": datetime.date.today().isoformat()}
     sizes = dict(clients=options.clients, experts=options.experts, repeats=options.repeats)
-    for figure in assign.run(**sizes, reference=not options.no_reference):
-        print(json.dumps(figure | about), flush=True)
+    figures = assign.run(**sizes, reference=not options.no_reference)
+    for line in assign.table(figures) if sys.stdout.isatty() else (json.dumps(figure | about) for figure in figures):
+        print(line, flush=True)
 
 
 def _serve(words: list[str]) -> None:

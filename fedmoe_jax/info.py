@@ -17,7 +17,8 @@ class Info:
 
     `load_cv` is the coefficient of variation of `load`; `load_cv_total`, `load_gini_total` and `load_entropy_total`
     (normalised, 1 is even) are of tokens per expert since the start, of which the least trained expert has `load_least_total` times
-    the mean. `load` counts clients whose update arrived in time.
+    the mean. `load` counts clients whose update arrived in time. `load_violation` is by how many clients, over experts, the assignment
+    had to miss the bounds of an aligner that has some: 0 where they can be met.
     `unavailable_clients` of the cohort could not be reached; `dropped_clients` are those too small or slow to take part, and
     those whose update came late. `train_loss` is NaN where nobody trained.
     `invariants` tell which of `invariants.NAMES` hold, where that is asked for.
@@ -26,6 +27,7 @@ class Info:
     train_loss: Float[Array, ""]
     load: Int[Array, " all_experts"]
     tokens: Float[Array, " all_experts"]
+    load_violation: Int[Array, ""]
     load_cv: Float[Array, ""]
     load_cv_total: Float[Array, ""]
     load_gini_total: Float[Array, ""]
@@ -106,6 +108,7 @@ def summarize(
         train_loss=train_loss,
         load=load,
         tokens=tokens,
+        load_violation=_violation(alignment.promised),
         load_cv=loads.coefficient_of_variation(load),
         load_cv_total=loads.coefficient_of_variation(total),
         load_gini_total=loads.gini(total),
@@ -123,3 +126,9 @@ def summarize(
         dropped_clients=dropped.sum(),
         rejected_updates=rejected,
     )
+
+
+def _violation(promised):
+    """Of an `alignment.Promise`, over groups; 0 where none is given or there are no bounds."""
+    missed = None if promised is None else promised.violation
+    return jnp.zeros((), jnp.int32) if missed is None else missed.sum().astype(jnp.int32)

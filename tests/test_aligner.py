@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedmoe_jax import alignment
-from fedmoe_jax.alignment import fitness, load
+from fedmoe_jax.alignment import assign, fitness, load
 from fedmoe_jax.alignment.aligner import held_slots
 from fedmoe_jax.base import NO_EXPERT, Alignment, Cohort, Feedback
 from fedmoe_jax.experts import held_mask
@@ -257,3 +257,20 @@ def test_a_fitness_that_tells_no_spread_is_refused():
     aligner = alignment.balanced(num_experts=EXPERTS, max_slots=1, fitness=own, least_spread=0.1)
     with pytest.raises(ValueError, match=r"least_spread is 0\.1, but the state of this fitness tells no spread"):
         aligner.align(jax.random.key(0), aligner.init(CLIENTS), Cohort(jnp.arange(2), jnp.ones(2, bool), jnp.ones(2, int)))
+
+
+def test_a_round_tries_the_prices_of_the_last(monkeypatch):
+    seen, solve = [], assign.balanced
+
+    def spy(*arguments, prices, **options):
+        seen.append(prices)
+        return solve(*arguments, prices=prices, **options)
+
+    monkeypatch.setattr(assign, "balanced", spy)
+    aligner, key = make("balanced"), jax.random.key(0)
+    before = aligner.init(POPULATION)
+    taste = dataclasses.replace(before.fitness, value=jax.random.uniform(key, (POPULATION, EXPERTS)) + jnp.arange(EXPERTS))
+    _, state = aligner.align(key, dataclasses.replace(before, fitness=taste), make_cohort(0))
+    aligner.align(key, state, make_cohort(1))
+    assert not (seen[0] != 0).any() and (seen[1] != 0).any()
+    np.testing.assert_array_equal(seen[1], state.prices)

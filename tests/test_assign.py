@@ -83,6 +83,8 @@ def test_bad_arguments_are_refused():
         assign.balanced(fitness, slots, lower.at[2].set(99), upper)
     with pytest.raises(ValueError, match=r"prices has shape \(3,\), fitness has 8 experts"):
         balanced(fitness, slots, lower, upper, prices=jnp.zeros(3))
+    with pytest.raises(ValueError, match="prices is NaN for expert 4"):
+        balanced(fitness, slots, lower, upper, prices=jnp.zeros(EXPERTS).at[4].set(jnp.nan))
     with pytest.raises(ValueError, match=r"fitness has shape \(0, 8\), it must have a client and an expert"):
         balanced(fitness[:0], slots[:0], lower, upper)
     for call in (

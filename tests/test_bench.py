@@ -42,3 +42,24 @@ def test_command_prints_one_object_a_line(capsys):
     warm = {"seconds from the last prices", "seconds of half the clients from the others' prices"}
     assert {line["metric"] for line in lines} == {"seconds", "proven gap", "violation"} | warm
     assert all(line["value"] <= 1e-2 for line in lines if line["metric"] == "proven gap")
+
+
+def test_a_terminal_gets_a_table(monkeypatch, capsys):
+    def figures(case, ratio, **values):
+        return [assign._figure(case, 10, 4, name.replace("_", " "), value, "s", ratio=ratio) for name, value in values.items()]
+
+    def run(reference, **sizes):
+        yield from figures("compilation", None, seconds=1.5)
+        yield from figures("uniform", None, proven_gap=2e-6, violation=0, seconds=0.25)
+        yield from figures("popular", 40.0, proven_gap=2e-6, violation=3, gap=1e-6, seconds=0.25)
+        yield from figures("geometric mean", 3.0, speedup=3)
+
+    monkeypatch.setattr(assign, "run", run)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert cli.main(["bench", "assign"]) == 0
+    head, compilation, alone, beside, mean = capsys.readouterr().out.splitlines()
+    assert head.split() == ["time", "OR-tools", "times", "faster", "loss", "proven", "loss", "violation"]
+    assert compilation.split() == ["10x4", "compilation", "1.5", "s"] and mean.split() == ["10x4", "geometric", "mean", "3", "s"]
+    assert alone.split() == ["10x4", "uniform", "250", "ms", "0.00020%", "0"]
+    assert beside.split() == ["10x4", "popular", "250", "ms", "10", "s", "40", "0.00010%", "0.00020%", "3"]
+    assert len(head) == len(alone) == len(beside), "columns stand below each other"

@@ -110,6 +110,8 @@ def test_a_slow_client_gets_fewer_slots_and_a_broken_profile_none():
 def test_pace_is_a_moving_average_of_observed_over_expected_times():
     pace = capacity.observe(jnp.array([1.0, 2.0, 1.0]), jnp.array([3.0, 1.0, 0.0]), jnp.array([1.0, 1.0, 0.0]), beta=0.25)
     np.testing.assert_allclose(pace, [1.5, 1.75, 1.0])
+    unknown = capacity.observe(jnp.full(2, 2.0), jnp.array([jnp.nan, jnp.inf]), jnp.ones(2), beta=0.25)
+    np.testing.assert_array_equal(unknown, 2.0, err_msg="what is not finite teaches nothing")
 
 
 def test_what_a_client_still_has_is_not_downloaded():

@@ -1,5 +1,7 @@
 """Clients that are away, late or slower than their profiles, and experts that need not be downloaded again."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,3 +128,22 @@ def test_one_slow_round_shuts_nobody_out_for_good():
         state, info = alg.step(state, data)
         clients.append(int(info.clients))
     assert clients[1] == CLIENTS - 1 and clients[-1] == CLIENTS and info.load.sum() == 2 * CLIENTS
+
+
+def test_a_round_takes_as_long_as_its_slowest_client():
+    """Download, compute and upload of each client, by hand."""
+    sizes, slow = (3, 9, 4, 1, 7, 5, 8, 2), {1: 2.0, 4: 3.0}
+    data = population(sizes=sizes)
+    profile = dataclasses.replace(data.profile, uplink_bytes_per_second=jnp.linspace(1e3, 2e3, CLIENTS))
+    data = dataclasses.replace(data, profile=profile)
+    alg = algorithm(cohort_size=CLIENTS, conditions=fixed(slowdown=slow))
+    cost = alg.parts.trainer.cost(data, jnp.int32(0))
+    _, info = run(alg, data)
+    bytes_ = float(cost.shared_bytes + 2 * cost.expert_bytes)
+    flops = float(cost.shared_flops + 2 * cost.expert_flops)
+    seconds = [
+        slow.get(client, 1.0) * (bytes_ / 1e9 + size * flops / 1e9 + bytes_ / float(profile.uplink_bytes_per_second[client]))
+        for client, size in enumerate(sizes)
+    ]
+    assert np.argmax(seconds) == 4
+    np.testing.assert_allclose(info.simulated_seconds, max(seconds), rtol=1e-4)

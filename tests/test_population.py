@@ -1,5 +1,7 @@
 """Population: a client's examples, found on the device by index."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,8 +100,8 @@ def test_a_large_population_is_cheap_per_client():
     assert population.batch(jnp.array(199_999), jnp.arange(2)).y[0] == 199_999
 
 
-def profile_of(size):
-    return ClientProfile(*(jnp.ones(size) for _ in range(4)))
+def profile_of(size, **columns):
+    return dataclasses.replace(ClientProfile(*(jnp.ones(size) for _ in range(4))), **columns)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,8 @@ def profile_of(size):
         ({"client_indices": [np.array([-1])]}, "client_indices must lie in 0 to 11"),
         ({"client_indices": [np.array([3, 1]), np.array([2, 3])]}, "example 3 is there twice"),
         ({"profile": profile_of(3)}, r"profile.flops_per_second must have shape \(2,\)"),
+        ({"profile": profile_of(2, memory_bytes=jnp.array([1, np.nan]))}, "profile.memory_bytes of client 1 is nan, it must be above 0"),
+        ({"profile": profile_of(2, uplink_bytes_per_second=jnp.array([0.0, 1]))}, "profile.uplink_bytes_per_second of client 0 is 0.0"),
     ],
 )
 def test_errors_name_the_argument(change, message):

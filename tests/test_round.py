@@ -163,6 +163,13 @@ def test_blocks_equal_single_steps_and_a_seed_gives_the_same_bits(name):
     assert all((np.asarray(rows[3]) == 0).all() for rows in jax.tree.leaves(infos))
     other, _ = block(alg.init(jax.random.key(1), data), data, 3)
     assert distance(weights(other), weights(state)) > 1e-3
+    assert last.load_violation == 0
+    total = np.asarray(steps.tokens)
+    share, apart = total / total.sum(), np.abs(total[:, None] - total)
+    evenness = dict(load_cv_total=total.std() / total.mean(), load_gini_total=apart.mean() / (2 * total.mean()))
+    evenness |= dict(load_entropy_total=-(share * np.log(share)).sum() / np.log(EXPERTS), load_least_total=total.min() / total.mean())
+    for field, value in (evenness | dict(assignment_value=last.fitness_mean * last.load.sum())).items():
+        np.testing.assert_allclose(getattr(last, field), value, rtol=1e-4, err_msg=field)
 
 
 def _shapes(jaxpr):

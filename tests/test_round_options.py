@@ -166,3 +166,10 @@ def test_clients_too_slow_for_the_deadline_are_dropped():
     slow = dataclasses.replace(data.profile, uplink_bytes_per_second=data.profile.uplink_bytes_per_second.at[:4].set(1e-3))
     _, info = run(algorithm(cohort_size=CLIENTS, deadline=1.0), dataclasses.replace(data, profile=slow))
     assert info.dropped_clients == 4 and info.clients == 4 and info.simulated_seconds <= 1
+
+
+def test_a_round_tells_by_how_many_clients_the_bounds_of_load_were_missed():
+    far = alignment.load.monitor()._replace(bounds=lambda state, slots, wanted: (jnp.full(EXPERTS, CLIENTS), jnp.full(EXPERTS, CLIENTS)))
+    made = alignment.balanced(num_experts=EXPERTS, max_slots=2, load=far)
+    _, info = run(algorithm(aligner=made, cohort_size=CLIENTS), population())
+    assert info.load_violation == CLIENTS * (EXPERTS - 2)

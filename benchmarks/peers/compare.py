@@ -4,6 +4,7 @@
 
 Each run is a process of its own. A peer runs where an interpreter is given that has it: FedJAX (`pip install fedjax dm-haiku`),
 pfl-research (`pip install pfl torch`), Flower (`pip install "flwr[simulation]==1.41.*" torch`).
+The products of the workload alone, at the rate of a large one (limit.py), stand beside them.
 One JSON line for each simulator and workload: the median over the repeats and its least and most. Test losses may differ by
 2%, as cohorts and the order of batches do, or the command fails.
 """

@@ -1,8 +1,8 @@
-"""The most that any simulator could reach: the products of the workload at the rate of a large one, and nothing else.
+"""What the products of the workload alone would take at the rate of a large one, as a measure of what can be reached.
 
     python limit.py W1
 
-The rate is that of a product of two large matrices in float32, as JAX multiplies them by default.
+The rate is that of a product of two large matrices of float32, in JAX's default precision.
 """
 
 import statistics

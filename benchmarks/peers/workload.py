@@ -62,7 +62,7 @@ def weights(model: str) -> dict[str, np.ndarray]:
 
 
 def flops(workload: Workload) -> int:
-    """Of the products that a client's round cannot do without: forward, of kernels, and of what is not the first layer's input."""
+    """Of the products of a client's round: forward, of kernels, and of what is not the first layer's input; padding counts as pixels."""
     if workload.model == "mlp":
         products = 2 * 784 * 128 + 3 * 128 * CLASSES
     else:
@@ -79,7 +79,12 @@ def report(peer: str, version: str, name: str, seconds: float, loss: float | Non
     """Prints what a run gave, as one JSON line."""
     workload = WORKLOADS[name]
     rate = workload.cohort * workload.rounds / seconds
-    print(json.dumps(dict(peer=peer, version=version, workload=name, clients_per_second=rate, test_loss=loss and float(loss))), flush=True)
+    print(
+        json.dumps(
+            dict(peer=peer, version=version, workload=name, clients_per_second=rate, test_loss=None if loss is None else float(loss))
+        ),
+        flush=True,
+    )
 
 
 def timed(one_round, workload: Workload, finish) -> float:

@@ -106,22 +106,22 @@ def balanced(
     range if that is more. Where more than half of all pairs are equally fit, as those are of which nothing is known, the deviation is
     that of the others, and 2**-13 of the distance from their mean to that common fitness will do. Where bounds must be broken,
     fitness is compared to within num_experts 2**-24 of its range. Ties within that are broken at random. Under jit, negative
-    slots count as 0 and an upper below lower counts as lower.
+    slots and prices that are NaN count as 0, and an upper below lower counts as lower.
 
     Args:
       fitness: value of a pair, higher is better; a non-finite value forbids the pair, one beyond 1e37 in size counts as that.
       slots: experts that each client can hold, 0 to num_experts.
       lower, upper: least and most clients that each expert may get.
       key: breaks ties; None breaks them in the same way each time.
-      prices: tried by a few moves before any others, such as those of the last round; changes the time, not the quality. NaN counts as 0.
+      prices: tried by a few moves before any others, such as those of the last round; changes the time, not the quality.
       return_info: also return `BalancedInfo`.
 
     Returns:
       The assignment. Row sums equal min(slots, allowed experts); column sums lie in [lower, upper] whenever that is feasible.
 
     Raises:
-      ValueError: if shapes disagree, there is no client or no expert or, outside jit, slots are negative or a lower bound is
-        above its upper bound.
+      ValueError: if shapes disagree, there is no client or no expert or, outside jit, slots are negative, a lower bound is
+        above its upper bound or a price is NaN.
 
     References:
       [1] Ahuja, Magnanti and Orlin, "Network Flows", 1993, section 9.7.
@@ -134,6 +134,8 @@ def balanced(
     prices = jnp.zeros(fitness.shape[1], jnp.float32) if prices is None else prices
     if prices.shape != fitness.shape[1:]:
         raise ValueError(f"prices has shape {prices.shape}, fitness has {fitness.shape[1]} experts")
+    if _concrete(prices) and (unknown := np.isnan(np.asarray(prices))).any():
+        raise ValueError(f"prices is NaN for expert {int(unknown.argmax())}; 0 is the price of which nothing is known")
     mask, info = _balanced(fitness.astype(jnp.float32), slots, lower, upper, key, prices, return_info)
     return (mask, info) if return_info else mask
 

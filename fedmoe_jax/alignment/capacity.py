@@ -98,7 +98,8 @@ def observe(
 
     Args:
       pace: what was known before.
-      observed: seconds that the round took each client, also those whose update came after the deadline.
+      observed: seconds that the round took each client, also those whose update came after the deadline. What is not finite
+        teaches nothing.
       by_profile: `seconds(...)` of the same round.
       beta: weight of the newest observation, 0 to 1.
 
@@ -108,7 +109,7 @@ def observe(
     if isinstance(beta, int | float) and not 0 <= beta <= 1:
         raise ValueError(f"beta is {beta}, it must be 0 to 1")
     ratio = jnp.where(by_profile > 0, observed / jnp.where(by_profile > 0, by_profile, 1.0), 1.0)
-    return (1.0 - beta) * pace + beta * ratio
+    return jnp.where(jnp.isfinite(ratio), (1.0 - beta) * pace + beta * ratio, pace)
 
 
 def forgive(pace: Float[Array, " client"], *, rate: float = 0.1) -> Float[Array, " client"]:

@@ -1,10 +1,11 @@
 """How good and how fast is `assign.balanced`? Against OR-tools' exact min-cost flow, over families of problems."""
 
 import functools
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -141,7 +142,7 @@ def run(*, clients: int, experts: int, repeats: int = 5, seed: int = 0, referenc
         if number == 0:
             tracing, lowered = _timed(functools.partial(solve.lower, *arrays, key=key))
             compilation, compiled = _timed(lowered.compile)
-            yield _figure("tracing", clients, experts, "seconds", tracing, "s")
+            yield _figure("tracing and lowering", clients, experts, "seconds", tracing, "s")
             yield _figure("compilation", clients, experts, "seconds", compilation, "s")
         mask, info = compiled(*arrays, key=key)
         ours = _median(functools.partial(compiled, *arrays, key=key), repeats)
@@ -171,6 +172,26 @@ def run(*, clients: int, experts: int, repeats: int = 5, seed: int = 0, referenc
     mean = math.exp(statistics.fmean(map(math.log, ratios)))
     yield _figure("geometric mean", clients, experts, "speedup", mean, "times", "OR-tools min-cost flow", mean)
     yield _figure("least", clients, experts, "speedup", min(ratios), "times", "OR-tools min-cost flow", min(ratios))
+
+
+def table(figures: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """The figures of `run` as lines of text, but for those from prices: one for each case, times and quality side by side."""
+    columns = "{:<50}{:>11}{:>11}{:>14}{:>11}{:>13}{:>11}".format
+    yield columns("", "time", "OR-tools", "times faster", "loss", "proven loss", "violation")
+    for case, several in itertools.groupby(figures, lambda figure: figure["case"]):
+        found = {figure["metric"]: figure for figure in several}
+        if "violation" not in found:
+            (figure,) = found.values()
+            yield columns(case, f"{figure['value']:.3g} {figure['unit']}", "", "", "", "", "").rstrip()
+            continue
+        ours, ratio = found["seconds"]["value"], found["seconds"]["ratio"]
+        theirs = (_readable(ours * ratio), f"{ratio:.3g}") if ratio else ("", "")
+        losses = (f"{100 * found[name]['value']:.5f}%" if name in found else "" for name in ("gap", "proven gap"))
+        yield columns(case, _readable(ours), *theirs, *losses, found["violation"]["value"])
+
+
+def _readable(seconds) -> str:
+    return f"{1e3 * seconds:.4g} ms" if seconds < 1 else f"{seconds:.4g} s"
 
 
 def halves(case: Case) -> tuple[Case, Case]:

@@ -55,7 +55,7 @@ class Population:
           label_prior: one row a client, for `models.losses.balanced_softmax`.
 
         Raises:
-          ValueError: if the argument that it names has a wrong dtype, length or index.
+          ValueError: if the argument that it names has a wrong dtype, length or index, or a number of the profile is not above 0.
         """
         order, offsets, profile = checked(x, y, client_indices, profile)
         if label_prior is not None and (label_prior.ndim != 2 or len(label_prior) != len(client_indices)):
@@ -122,6 +122,9 @@ def checked(
     for name, values in vars(profile).items():
         if values.shape != (len(sizes),):
             raise ValueError(f"profile.{name} must have shape ({len(sizes)},), one entry a client, not {values.shape}")
+        if not isinstance(values, jax.core.Tracer) and (wrong := ~(np.asarray(values) > 0)).any():
+            client = int(wrong.argmax())
+            raise ValueError(f"profile.{name} of client {client} is {float(values[client])}, it must be above 0 (inf does not limit)")
     return order, np.concatenate([[0], np.cumsum(sizes)]), profile
 
 

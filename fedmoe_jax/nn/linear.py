@@ -56,7 +56,8 @@ class Conv(nnx.Module):
       stride: between positions of the output.
       method: "matmul", the nine shifts of the image times one matrix, which is all that the dual engine takes; "convolution",
         XLA's, but for the gradient of the kernel (`convolution.convolve`); or "auto", the latter where it was the quicker on an
-        H200: on a GPU, with as many channels out as in, without stride, and on images of 16 x 16 or more.
+        H200: on a GPU, with as many channels out as in, without stride, and on images of 16 x 16 or more. On a GPU gradients exist in
+        reverse mode only, whichever it is.
       dtype: what it computes in, by default that of x.
 
     Raises:

@@ -26,6 +26,7 @@ METRIC_FIELDS = (
     "eval_accuracy",
     *CLIENT_ACCURACIES,
     "load",
+    "load_violation",
     "load_cv",
     "load_cv_total",
     "load_gini_total",

@@ -53,7 +53,7 @@ class Stream:
         """As `Population.from_arrays`, without moving or copying `x` and `y`.
 
         Raises:
-          ValueError: if the argument that it names has a wrong dtype, length or index.
+          ValueError: if the argument that it names has a wrong dtype, length or index, or a number of the profile is not above 0.
         """
         order, offsets, profile = checked(x, y, client_indices, profile)
         return cls(x, y, order, offsets, profile)
