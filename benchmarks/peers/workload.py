@@ -79,12 +79,8 @@ def report(peer: str, version: str, name: str, seconds: float, loss: float | Non
     """Prints what a run gave, as one JSON line."""
     workload = WORKLOADS[name]
     rate = workload.cohort * workload.rounds / seconds
-    print(
-        json.dumps(
-            dict(peer=peer, version=version, workload=name, clients_per_second=rate, test_loss=None if loss is None else float(loss))
-        ),
-        flush=True,
-    )
+    loss = None if loss is None else float(loss)
+    print(json.dumps(dict(peer=peer, version=version, workload=name, clients_per_second=rate, test_loss=loss)), flush=True)
 
 
 def timed(one_round, workload: Workload, finish) -> float:
