@@ -136,12 +136,12 @@ def measure(made, engine, rounds):
     state = round_.init(jax.random.key(0), population)
     run = fm.rounds(round_.step, rounds)
     start = time.perf_counter()
-    state, info = jax.block_until_ready(run(state, population, rounds))
+    state, info = jax.block_until_ready(run(state, population))
     first = time.perf_counter() - start
 
     def again():
         nonlocal state
-        state, _ = run(state, population, rounds)
+        state, _ = run(state, population)
         return state.round
 
     return milliseconds(again, 1) / rounds, first, float(info.train_loss[rounds - 1]), float(info.tokens[rounds - 1].sum())

@@ -71,13 +71,13 @@ def figures(make, rounds):
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(run(state, population, rounds))
+        state, _ = jax.block_until_ready(run(state, population))
         seconds.append(time.perf_counter() - start)
     yield "round", 1e3 * sorted(seconds[1:])[1] / rounds, "ms"
     if jax.default_backend() == "gpu":
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
-                jax.block_until_ready(run(state, population, rounds))
+                jax.block_until_ready(run(state, population))
             milliseconds, started = times(kernels(folder), rounds)
         for name, value in milliseconds.items():
             yield f"device, {name}", value, "ms"

@@ -51,12 +51,12 @@ def algorithm(experts, cohort, slots=4, hidden=128):
 def runner(algorithm, population, rounds):
     """A function that runs some rounds in one loop and gives the seconds of one; bytes of the program beside its arguments."""
     state = algorithm.init(jax.random.key(0), population)
-    program = fm.rounds(algorithm.step, rounds).lower(state, population, rounds).compile()
+    program = fm.rounds(algorithm.step, rounds).lower(state, population).compile()
 
     def once():
         nonlocal state
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(program(state, population, jnp.int32(rounds)))
+        state, _ = jax.block_until_ready(program(state, population))
         return (time.perf_counter() - start) / rounds
 
     return once, program.memory_analysis().temp_size_in_bytes

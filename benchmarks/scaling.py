@@ -20,7 +20,6 @@ import tempfile
 import time
 
 import jax
-import jax.numpy as jnp
 import optax
 from engines import experts
 from rounds import in_turns, population
@@ -67,7 +66,7 @@ class Side:
         )
         self.data, self.state, self.candidates = data, algorithm.init(jax.random.key(0), data), options["aligner"]
         self.candidates = self.candidates.max_slots + self.candidates.probes
-        self.lowered = fm.rounds(algorithm.step, ROUNDS).lower(self.state, data, ROUNDS)
+        self.lowered = fm.rounds(algorithm.step, ROUNDS).lower(self.state, data)
 
     def compile(self):
         self.program = self.lowered.compile()
@@ -76,7 +75,7 @@ class Side:
     def __call__(self):
         """Seconds of a round."""
         start = time.perf_counter()
-        self.state, _ = jax.block_until_ready(self.program(self.state, self.data, jnp.int32(ROUNDS)))
+        self.state, _ = jax.block_until_ready(self.program(self.state, self.data))
         return (time.perf_counter() - start) / ROUNDS
 
     def sent(self):

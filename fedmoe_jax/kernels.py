@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.nnx import tracers
 from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax import grouped
 from fedmoe_jax.base import pytree
+from fedmoe_jax.probe import Probe
 
 _PORTABLE = contextvars.ContextVar("portable", default=False)
 
@@ -60,6 +60,7 @@ class DualKernel:
     history: in parts, none before the first step.
     tap: zeros of the shapes of the layer's inputs and outputs (and tiles). Their cotangents are what the layer saw: X, G
       (and the slot of each tile).
+    ahead: where the inputs were known before training, their product with `base`, and with the inputs of the history, [1, row, other].
 
     References:
       [1] Irie, Csordás and Schmidhuber, "The Dual Form of Neural Networks Revisited", ICML 2022.
@@ -70,6 +71,7 @@ class DualKernel:
     scale: Any = 1.0
     history: tuple[History, ...] = ()
     tap: tuple[Array, ...] = ()
+    ahead: tuple[Array, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -106,40 +108,6 @@ def is_finite(leaf: Any) -> Bool[Array, ""]:
 def is_dual(leaf: Any) -> bool:
     """Whether it stands in the place of an array of weights."""
     return isinstance(leaf, DualKernel | DualDelta)
-
-
-class Probe:
-    """A weight that notes how it is used: which products it is a factor of, and whether anything else happens to it."""
-
-    def __init__(self, value: Array):
-        self.value = value
-        self.products: list[tuple[Any, bool]] = []
-        self.trace = tracers.current_jax_trace()
-        self.other = False
-
-    def note(self, x: Array, tiled: bool) -> Array:
-        """Notes a product with x."""
-        if self.trace != tracers.current_jax_trace():
-            self.other = True  # in a loop or under a transformation, one note may be many products
-        self.products.append((jax.ShapeDtypeStruct(x.shape, x.dtype), tiled))
-        return self.value
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("shape", "ndim", "dtype", "size"):
-            self.other = True
-        return getattr(self.value, name)
-
-    def __getitem__(self, index: Any) -> Any:
-        self.other = True
-        return self.value[index]
-
-    def __iter__(self) -> Any:
-        self.other = True
-        return iter(self.value)
-
-    def __jax_array__(self) -> Array:
-        self.other = True
-        return self.value
 
 
 def matmul(x: Float[Array, "*rows feature"], w: Any) -> Float[Array, "*rows hidden"]:
@@ -259,6 +227,8 @@ def _product(x, kernel: DualKernel, expert) -> Float[Array, "group row hidden"]:
     index = kernel.held if expert is None or kernel.held is None else kernel.held[expert]
     if not kernel.tap:
         return _times(x, kernel.base, index)
+    if kernel.ahead:
+        return _known(x, kernel.ahead, kernel.scale, kernel.history, kernel.tap)
     return _dual(x, kernel.base, index, kernel.scale, kernel.history, expert, kernel.tap)
 
 
@@ -286,6 +256,21 @@ def _backward(kept, g):
 
 
 _dual.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def _known(x, ahead, scale, history, tap):
+    """The same of inputs that were known before training, and of which nothing is to be learnt."""
+    product, gram = ahead
+    y, first = (scale * product).astype(tap[1].dtype), 0
+    for rows in history:
+        number = rows.weight.shape[0]
+        y = y + jnp.einsum("lrn,lnh->lrh", (gram[..., first : first + number] * rows.weight).astype(y.dtype), rows.gradients)
+        first += number
+    return y
+
+
+_known.defvjp(lambda x, *args: (_known(x, *args), x), lambda x, g: (None, None, None, None, (x, g)))
 
 
 def _is_places(x: Array) -> bool:

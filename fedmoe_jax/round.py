@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from fedmoe_jax import aggregation, arguments, cache, invariants, mass, posterior, sampling, scaffold, sharding
+from fedmoe_jax import aggregation, arguments, cache, invariants, mass, packed, posterior, sampling, scaffold, sharding
 from fedmoe_jax.aggregation import Transform, compression
 from fedmoe_jax.alignment import capacity, holders
 from fedmoe_jax.alignment.capacity import admit as admit
@@ -245,19 +245,20 @@ def rounds(step: Callable[[State, Population], tuple[State, Info]], most: int) -
     """Many rounds without a host transfer: run(state, population, count) -> (state, Info of each round), jit-compiled.
 
     `count`, 1 to `most`, is traced, so that a shorter last block does not compile again; rows of Info past it are
-    0. The state is donated.
+    0. If it is None, there are `most` rounds, and a GPU does not wait for its host between them. The state is donated.
     """
 
-    def run(state, population, count):
+    def run(state, population, count=None):
         _, shape = jax.eval_shape(step, state, population)
-        infos = jax.tree.map(lambda a: jnp.zeros((most, *a.shape), a.dtype), shape)
+        rows = packed.zeros(shape, most)
 
         def body(index, carry):
-            state, infos = carry
+            state, rows = carry
             state, info = step(state, population)
-            return state, jax.tree.map(lambda rows, row: rows.at[index].set(row), infos, info)
+            return state, packed.put(rows, index, info)
 
-        return jax.lax.fori_loop(0, count, body, (state, infos))
+        state, rows = jax.lax.fori_loop(0, most if count is None else count, body, (state, rows))
+        return state, packed.rows(rows, shape)
 
     return jax.jit(run, donate_argnums=0)
 

@@ -15,6 +15,8 @@ FOUNDATION = {
     "grouped",
     "mass",
     "kernels",
+    "probe",
+    "packed",
     "sampling",
     "conditions",
     "cache",

@@ -299,3 +299,14 @@ def test_huge_bounds_are_no_bounds_whatever_the_prices(most):
     assert (mask == assign.greedy(fitness, slots)).mean() > 0.99 and info.violation == 0 and info.gap < 1e-3
     _, info = assign.balanced(fitness, slots, upper, upper, return_info=True)
     assert info.violation == 2**30
+
+
+def test_sorting_tells_the_same_threshold_as_bisection():
+    """Also where clients have no slots, or values are forbidden or equal."""
+    draw = np.random.default_rng(0)
+    worth = draw.integers(-3, 4, (12, 200), np.int32)
+    worth[draw.random(worth.shape) < 0.3] = -flow.FAR
+    worth, slots = jnp.asarray(worth), jnp.asarray(draw.integers(0, 13, 200), jnp.int32)
+    found = flow.sorted_least(worth, slots, flow.FAR)
+    np.testing.assert_array_equal(found, flow.bisected_least(worth, slots, flow.FAR))
+    np.testing.assert_array_equal(found[slots > 0], -np.sort(-np.asarray(worth), axis=0)[np.asarray(slots) - 1, np.arange(200)][slots > 0])

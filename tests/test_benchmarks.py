@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 COMMANDS = {
@@ -66,6 +68,26 @@ def test_kernels_are_told_apart_and_counted_once():
     assert milliseconds == pytest.approx(dict(busy=3.5e-3, products=2e-3, moves=1e-3, others=5e-4)) and started == 1.5
     names = "gemm_fusion_dot_13", "MemcpyD2D", "input_reduce_fusion"
     assert list(map(kernel_times.kind, names)) == ["products", "moves", "others"]
+
+
+def test_pooling_is_the_same_in_the_order_that_suits_a_gpu(monkeypatch):
+    """Values and gradients; where several positions are the largest they may share theirs otherwise."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "peers"))
+    try:
+        import networks
+    finally:
+        sys.path.pop(0)
+    draw = np.random.default_rng(0)
+    bias, gradient = np.float32([0.1, -0.2, 0.3]), draw.normal(size=(2, 2, 3, 3)).astype(np.float32)
+    for x in (draw.normal(size=(2, 4, 6, 3)), draw.integers(1, 3, (2, 4, 6, 3))):
+        found = {}
+        for backend in ("cpu", "gpu"):
+            monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+            y, back = jax.vjp(networks.activated, x.astype(np.float32), bias)
+            of_x, of_bias = back(gradient)
+            found[backend] = y, of_bias, of_x.reshape(2, 2, 2, 3, 2, 3).sum((2, 4)), np.unique(x).size < x.size or of_x
+        for one, other in zip(*found.values(), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 @pytest.mark.slow

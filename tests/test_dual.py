@@ -14,7 +14,7 @@ from small_round import algorithm, distance, population, run, weights
 from fedmoe_jax import Population, alignment, models, nn, partition
 from fedmoe_jax.base import Batch
 from fedmoe_jax.local import dual, plan
-from fedmoe_jax.local.cohort import batch_shape
+from fedmoe_jax.local.cohort import Trainer, batch_shape
 from fedmoe_jax.models.losses import cross_entropy
 
 SGD = optax.sgd(0.3)
@@ -87,6 +87,15 @@ def test_clients_with_fewer_slots_or_none():
 )
 def test_layers(moe):
     assert_same(population(sizes=TWO_STEPS), of=small_round.model(top_k=2, **moe), aligner=small_round.aligner(max_slots=3))
+
+
+def test_inputs_that_are_known_before_training(monkeypatch):
+    """Products with them are made once for all steps; here of the first layer, whatever it costs, for clients of one to three steps."""
+    monkeypatch.setattr(plan, "_ahead", lambda use, steps: True)
+    options = dict(client_optimizer=LINEAR["decay of kernels only"], prox=0.5, solo_examples=4, router="personal", local_epochs=1)
+    known = [choice.name for choice in algorithm(engine="dual", **options).plan(population()) if choice.use and choice.use.known]
+    assert known == ["1.into.kernel"]
+    assert_same(population(), **options)
 
 
 def test_tiles_of_tokens():
@@ -175,7 +184,9 @@ def test_bfloat16():
     assert 0 < errors["dual"] <= 2 * errors["primal"]
 
 
-def test_a_client_with_broken_data_is_left_out():
+@pytest.mark.parametrize("sum_tells", [True, False])
+def test_a_client_with_broken_data_is_left_out(sum_tells, monkeypatch):
+    monkeypatch.setattr(Trainer, "_sum_tells", lambda *_: sum_tells)
     (primal, info), (dual, info_dual), moved = both(population(broken=(5,), sizes=TWO_STEPS))
     assert info_dual.rejected_updates == info.rejected_updates == 1
     assert distance(weights(primal), weights(dual)) <= 5e-6 * moved

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from fedmoe_jax import kernels
-from fedmoe_jax.kernels import DualDelta, DualKernel, History, Probe
+from fedmoe_jax.kernels import DualDelta, DualKernel, History
+from fedmoe_jax.probe import Probe
 
 
 def delta_of(table=False, clients=3, features=5, hidden=4, seed=0):

@@ -33,9 +33,10 @@ from fedmoe_jax.alignment import capacity
 from fedmoe_jax.base import Batch, ClientProfile, client_keys, stage_key
 from fedmoe_jax.experts import gather
 from fedmoe_jax.kernels import is_dual
-from fedmoe_jax.local.cohort import batch_shape, receive
+from fedmoe_jax.local.cohort import batch_shape
 from fedmoe_jax.local.cost import round_cost
 from fedmoe_jax.local.primal import local_batch
+from fedmoe_jax.local.slots import receive
 from fedmoe_jax.models.losses import IGNORE, cross_entropy
 from fedmoe_jax.posterior import KEPT
 from fedmoe_jax.round import STATISTICS_BATCHES

@@ -157,6 +157,8 @@ def test_blocks_equal_single_steps_and_a_seed_gives_the_same_bits(name):
     state, infos = block(alg.init(KEY, data), data, 3)
     again, _ = block(alg.init(KEY, data), data, 3)
     same(state, again)
+    whole, _ = rounds(alg.step, 3)(alg.init(KEY, data), data)
+    close(whole, state)
     steps, last = run(alg, data, 3)
     close(state, steps)
     close(jax.tree.map(lambda rows: rows[2], infos), last)

@@ -57,11 +57,8 @@ class Convolutional(Shared):
     def __init__(self):
         super().__init__()
         rngs = nnx.Rngs(0)
-        self.first, self.second, self.out = (
-            Conv(1, 16, rngs=rngs),
-            Conv(16, 32, rngs=rngs),
-            Linear(7 * 7 * 32, 10, use_bias=False, rngs=rngs),
-        )
+        self.first, self.second = Conv(1, 16, rngs=rngs), Conv(16, 32, rngs=rngs)
+        self.out = Linear(7 * 7 * 32, 10, use_bias=False, rngs=rngs)
         self.biases = nnx.List([nnx.Param(jnp.zeros(16)), nnx.Param(jnp.zeros(32))])
         give("cnn", [(self.first.linear.kernel, "first"), (self.second.linear.kernel, "second"), (self.out.kernel, "out")])
 
@@ -69,7 +66,7 @@ class Convolutional(Shared):
         self.note_use(x)
         x = x[..., None]
         for layer, bias in zip((self.first, self.second), self.biases, strict=True):
-            x = networks.pooled(jax.nn.relu(layer(x) + bias.get_value()))
+            x = networks.activated(layer(x), bias.get_value())
         return self.out(x.reshape(len(x), -1)) + self.bias.get_value()[0]
 
 
@@ -88,9 +85,9 @@ def main(name, engine="primal"):
     )  # fmt: skip
     state, run = algorithm.init(jax.random.key(0), population), fm.rounds(algorithm.step, work.rounds)
 
-    def some(number=work.rounds):
+    def some(number=None):
         nonlocal state
-        state, _ = run(state, population, jnp.int32(number))
+        state, _ = run(state, population, number)
 
     some(work.warm_up)
     some()

@@ -1,8 +1,8 @@
 """One workload for all simulators: synthetic clients, initial weights and cohorts, from NumPy alone.
 
-W1 and W2 train an MLP 784-128-10, W3 a network of two 3 x 3 convolutions (16 and 32 channels, each with 2 x 2 pooling) and a
-dense layer. Every client has 60 examples and makes one pass over them in batches of 20, with SGD of rate 0.05; the server
-takes the mean.
+W1 and W2 train an MLP 784-128-10, W3 a network of two 3 x 3 convolutions (16 and 32 channels, each with ReLU and 2 x 2 pooling,
+in the order that suits a simulator) and a dense layer. Every client has 60 examples and makes one pass over them in batches of 20,
+with SGD of rate 0.05; the server takes the mean.
 """
 
 import dataclasses

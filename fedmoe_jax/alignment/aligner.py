@@ -263,7 +263,7 @@ def _aligner(
         )
         allowed = jnp.isfinite(score).sum(axis=1) if probing else num_experts
         filled = jnp.where(ordered.present, num_experts, 0) if whole else jnp.minimum(ordered.slots, allowed)
-        back = jnp.argsort(order)
+        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]), unique_indices=True)
         alignment, filled = jax.tree.map(lambda rows: rows[back], (alignment, filled))
         return dataclasses.replace(alignment, promised=Promise(filled, *bounds)), AlignerState(state.fitness, state.load, prices)
 

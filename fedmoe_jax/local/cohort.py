@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from fedmoe_jax import mass, posterior, scaffold
 from fedmoe_jax.base import (
@@ -25,11 +25,13 @@ from fedmoe_jax.base import (
     client_keys,
     stage_key,
 )
-from fedmoe_jax.experts import Partition, RouterParam, by_group, groups, map_groups, num_experts, squared_norm
-from fedmoe_jax.kernels import DualKernel, is_dual, is_finite
+from fedmoe_jax.experts import Partition, RouterParam, by_group, groups, num_experts, squared_norm
+from fedmoe_jax.kernels import is_dual
 from fedmoe_jax.local import dual, plan, primal, spread
 from fedmoe_jax.local.cost import expert_bytes, plain_bytes, round_cost
 from fedmoe_jax.local.routers import own_routers
+from fedmoe_jax.local.slots import receive, received_of, with_bases
+from fedmoe_jax.local.soundness import all_finite, bytes_of, only, without
 
 
 class Received(NamedTuple):
@@ -116,9 +118,10 @@ class Trainer(NamedTuple):
         sizes = dict(cohort_size=-(-size // devices), max_slots=self.max_slots, probes=self.probes)
         chunk = devices * plan.side_by_side(self.chunk_size, cost, choices, **sizes)
         chunks = -(-size // chunk)
-        order = jnp.arange(size)
+        order = back = jnp.arange(size)
         if chunks > 1:  # clients of like size side by side wait less for each other
             order = jnp.argsort(jnp.where(cohort.present, jax.vmap(population.num_examples)(cohort.client), 0))
+            back = jnp.zeros_like(order).at[order].set(back, unique_indices=True)
         keys = client_keys(key, cohort.client)
         rows = (keys, cohort.client, cohort.client, cohort.present, alignment.held, alignment.probed, prior)
         rows = jax.tree.map(lambda row: _chunked(row[order], chunks, chunk), rows)
@@ -129,7 +132,7 @@ class Trainer(NamedTuple):
             room = chunks * chunk, alignment.held.shape[1] // len(groups(state.experts))
         scan = functools.partial(self.scan, key=noise) if self.mesh is None else functools.partial(spread.train, self)
         delta, kept, out = scan(state, population, rows, kept, room, uses)
-        feedback, routers, loss, rejected, masses = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][jnp.argsort(order)], out)
+        feedback, routers, loss, rejected, masses = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][back], out)
         feedback = Feedback(*feedback)
         examples = feedback.examples
         train_loss = jnp.where(examples.sum() > 0, (loss * examples).sum() / jnp.maximum(examples.sum(), 1), jnp.nan)
@@ -150,11 +153,12 @@ class Trainer(NamedTuple):
           Deltas of (experts, shared), feedback by the names of `base.Feedback`, mean training loss, rejected; none has a client axis.
           Deltas that are rejected are zero.
         """
-        every = _received(held[None], probed[None], len(groups(self.parts.experts)))[0]
+        every = received_of(held[None], probed[None], len(groups(self.parts.experts)))[0]
         row = key, client, client, jnp.bool_(True), held, every, every, prior
-        (shared, experts, *_), feedback, loss, rejected, *_ = self._client(received, population, self._untouched(), None, *row)
+        sent, (sound, _), loss = self._client(received, population, self._untouched(), None, *row)
+        (shared, experts, *_), feedback, *_ = without(sent, sound)
         names = (field.name for field in dataclasses.fields(Feedback))
-        return (experts, shared), dict(zip(names, feedback, strict=True)), loss, rejected
+        return (experts, shared), dict(zip(names, feedback, strict=True)), loss, ~sound
 
     def scan(self, state, population, rows, kept, room, uses, key=None) -> Any:
         """Trains the clients of `rows` [chunk, client, ...], chunk after chunk: what `train` returns, but for clients in that order.
@@ -188,38 +192,55 @@ class Trainer(NamedTuple):
         def train_chunk(carry, rows):
             total, (controls, statistics, residuals) = carry
             keys, client, number, present, held, probed, prior = rows
-            received = _received(held, probed, len(names))
+            received = received_of(held, probed, len(names))
             local, client = links.population(population, client)
             experts, place = links.experts(state.experts, received, names)
             weights = dataclasses.replace(state, experts=experts)
             bases = jax.tree.leaves((experts, state.shared))
             one = jax.vmap(lambda *row: self._client(weights, local, uses, controls, *row))
-            update, feedback, loss, rejected, sound, gradient, seen = one(keys, client, number, present, held, received, place, prior)
-            if any(uses):  # their rows are large: look at them again only if that is needed
-                update = jax.lax.cond(sound.all(), lambda update: update, functools.partial(_without, sound), update)
-            update, routers = links.formed(_with_bases(ClientUpdate(*update), bases), place, len(names)), None
-            if self.personal:  # router rows stay where they are
-                routers, experts = nnx.split_state(update.experts, RouterParam, ...)
-                update = dataclasses.replace(update, experts=experts)
-            if encoder is not None:
-                update, residuals = encoder.apply(residuals, keys, number, present & sound, update, names)
-            if routers is not None:
-                nothing = jax.tree.map(jnp.zeros_like, routers)
-                update = dataclasses.replace(update, experts=nnx.merge_state(nothing, update.experts))
-            if controls is not None:
-                controls = scaffold.learn(controls, number, present & sound, update.held, gradient, update.tokens, update.examples)
-            if seen is not None:
-                statistics = jax.tree.map(jnp.add, statistics, posterior.together(self.parts, seen, update.held))
-            masses = mass.of_update(update, state.round) if self.check else None
-            total = links.add(self.aggregator, total, update, start, num_experts(self.parts.experts))
-            return (total, (controls, statistics, residuals)), (feedback, routers, loss, rejected, masses)
+            sent, (sound, told), loss = one(keys, client, number, present, held, received, place, prior)
+
+            def take(sent, sound):
+                (update, feedback, gradient, seen), good, kept = sent, present & sound, (controls, statistics, residuals)
+                update, routers = links.formed(with_bases(ClientUpdate(*update), bases), place, len(names)), None
+                if self.personal:  # router rows stay where they are
+                    routers, experts = nnx.split_state(update.experts, RouterParam, ...)
+                    routers, update = only(good, routers), dataclasses.replace(update, experts=experts)
+                if encoder is not None:
+                    update, left = encoder.apply(residuals, keys, number, good, update, names)
+                    kept = *kept[:2], left
+                if routers is not None:
+                    nothing = jax.tree.map(jnp.zeros_like, routers)
+                    update = dataclasses.replace(update, experts=nnx.merge_state(nothing, update.experts))
+                if controls is not None:
+                    kept = scaffold.learn(controls, number, good, update.held, gradient, update.tokens, update.examples), *kept[1:]
+                if seen is not None:
+                    kept = kept[0], jax.tree.map(jnp.add, statistics, posterior.together(self.parts, seen, update.held)), kept[2]
+                masses = mass.of_update(update, state.round) if self.check else None
+                new = links.add(self.aggregator, total, update, start, num_experts(self.parts.experts))
+                return (new, kept), (feedback, routers, loss, present & ~sound, masses)
+
+            if self._sum_tells(sent[0][:2], total):
+                taken = take(sent, told)
+                fine = links.agreed(told.all() & all_finite(taken[0][0]))
+                return jax.lax.cond(fine, lambda: taken, lambda: take(without(sent, sound), sound))
+            if any(uses):  # rows are large: take a copy only if that is needed
+                return take(jax.lax.cond(sound.all(), lambda: sent, lambda: without(sent, sound)), sound)
+            return take(without(sent, present & sound), sound)
 
         return train_chunk
 
+    def _sum_tells(self, deltas, total) -> bool:
+        """Whether to look at the sum alone, not finite where an update is not: where nothing else is made of updates, and it is smaller."""
+        alone = self.aggregator.needs == "sum" and self.aggregator.encoder is None
+        alone &= not self.control_variates and self.reject_above is None
+        return alone and bytes_of(deltas) > 10 * bytes_of(total)  # it is written and read once more than it would be
+
     def _client(self, state, population, uses, controls, key, client, number, present, held, received, place, prior):
-        """One client: solo evaluation of what it received, training, and a check that its update is finite and not absurd.
+        """One client: solo evaluation of what it received, training, and whether its update is finite and not absurd.
 
         `client` is its number in the population, `number` that in what clients keep, `place` where each expert that it receives is.
+        Also returned: whether all of its update is sound, and whether what it tells of it is, with the router rows that it keeps.
         """
         names = groups(self.parts.experts)
         slots = held.shape[0] // len(names)
@@ -240,29 +261,30 @@ class Trainer(NamedTuple):
         if controls is not None:
             options["correction"] = self._correction(scaffold.correction(controls, state.controls.sums, number, held), own)
         result = primal.train(*args, **options) if not any(uses) else dual.train(*args, uses=uses, **options)
-        sound = jnp.stack(list(map(is_finite, jax.tree.leaves(result, is_leaf=is_dual)))).all()
+        weights = result.experts, result.shared
+        routers = nnx.split_state(result.experts, RouterParam, ...)[0] if self.personal else None
+        result = dataclasses.replace(result, experts=routers, shared=None)
+        told, sound = all_finite(result), all_finite((result, weights))
         if self.reject_above is not None:
             sent = filled & (result.tokens > 0)
-            change, before = (squared_norm(*weights, sent, names) for weights in ((result.experts, result.shared), (own, state.shared)))
+            change, before = (squared_norm(*weights, sent, names) for weights in (weights, (own, state.shared)))
             sound &= change <= self.reject_above**2 * jnp.maximum(before, 1)
-        good = present & sound
-        result = jax.tree.map(lambda a: a if is_dual(a) else jnp.where(good, a, 0), result, is_leaf=is_dual)
+        result = only(present & told, result)
         tokens = jnp.where(filled, result.tokens, 0)
-        examples = jnp.where(good, population.num_examples(client), 0)
+        examples = jnp.where(present & told, population.num_examples(client), 0)
         count = jnp.maximum(tokens, 1)
         solo = jnp.where(present & (received != NO_EXPERT), solo, 0)
         solo = jnp.concatenate([solo[:, :slots].reshape(-1), solo[:, slots:].reshape(-1)])  # as held, then as probed
-        whole = tokens.astype(jnp.int32)
-        feedback = (examples, whole, result.correct / count, result.loss / count, solo)
-        update = (result.shared, result.experts, held, examples, whole)
+        tokens = tokens.astype(jnp.int32)
+        feedback = (examples, tokens, result.correct / count, result.loss / count, solo)
+        update = (weights[1], weights[0], held, examples, tokens)
         gradient = result.gradient and (scaffold.travelling(result.gradient[0], self.personal), result.gradient[1])
         seen = None
         if self.statistics_examples:
             batch = primal.local_batch(jax.random.fold_in(key, 2), population, client, 0, self.statistics_examples)
             seen = posterior.observe(self.parts, own, state.shared, batch, filled, prior)
-            known = good & is_finite(seen)
-            seen = jax.tree.map(lambda a: jnp.where(known, a, 0), seen)
-        return update, feedback, result.train_loss / jnp.maximum(result.trained, 1), present & ~sound, sound, gradient, seen
+            seen = only(present & all_finite(seen), seen)
+        return (update, feedback, gradient, seen), (sound, told), result.train_loss / jnp.maximum(result.trained, 1)
 
     def _correction(self, correction, experts):
         """The correction of all weights: router rows that stay on the client have no control variate."""
@@ -272,44 +294,9 @@ class Trainer(NamedTuple):
         return nnx.merge_state(routers, correction[0]), correction[1]
 
 
-def receive(experts: Any, held: Int[Array, " slot"], uses: Any) -> Any:
-    """The weights of each held expert; of those that the dual engine trains no copy, but which they are."""
-    own = uses[: len(jax.tree.leaves(experts))]
-    leaves, treedef = jax.tree.flatten(experts)
-    chosen = jax.tree.unflatten(
-        treedef, [leaf if use is None else DualKernel(leaf, held[:0]) for leaf, use in zip(leaves, own, strict=True)]
-    )
-
-    def one(held, weight):
-        if is_dual(weight):
-            number = weight.base.shape[0]
-            return dataclasses.replace(weight, held=jnp.where(held == NO_EXPERT, number, held % number))
-        return weight[jnp.maximum(held, 0) % weight.shape[0]]
-
-    return map_groups(one, groups(experts), held, chosen)
-
-
-def _without(sound: Bool[Array, " client"], update: Any) -> Any:
-    """The updates with zeros for those of clients that are not sound."""
-    return jax.tree.map(lambda a: jnp.where(sound.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), update)
-
-
-def _with_bases(update: ClientUpdate, bases: list[Array]) -> ClientUpdate:
-    """The update, each `DualDelta` with the weight that it changes, which no client has a copy of."""
-    leaves, treedef = jax.tree.flatten((update.experts, update.shared), is_leaf=is_dual)
-    whole = [dataclasses.replace(leaf, base=base) if is_dual(leaf) else leaf for leaf, base in zip(leaves, bases, strict=True)]
-    experts, shared = jax.tree.unflatten(treedef, whole)
-    return dataclasses.replace(update, experts=experts, shared=shared)
-
-
 def batch_shape(population: Population, size: int) -> Any:
     """Shapes of a batch of `size` examples."""
     return jax.eval_shape(lambda: population.batch(jnp.int32(0), jnp.arange(size)))
-
-
-def _received(held, probed, groups):
-    """[client, all_candidates]: what each client is sent, group after group, what it holds first."""
-    return jnp.concatenate([by_group(held, groups), by_group(probed, groups)], axis=2).reshape(len(held), -1)
 
 
 def _chunked(rows, chunks, size):

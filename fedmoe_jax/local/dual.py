@@ -26,6 +26,7 @@ from fedmoe_jax.base import LossFn, Population
 from fedmoe_jax.experts import Partition
 from fedmoe_jax.kernels import DualDelta, DualKernel, History, is_dual
 from fedmoe_jax.local.primal import LocalResult, local_batches, num_steps, objective
+from fedmoe_jax.probe import Probe
 
 UNROLLED = 8
 """Up to so many steps are unrolled, so that each one costs only the history that exists; more run in a loop."""
@@ -38,12 +39,13 @@ class Use(NamedTuple):
     """How a step uses a kernel: the shapes of its inputs and outputs [group, row, width], and whether groups are tiles.
 
     Tiles of rows go to slots that the router chose; otherwise group g is slot g, or the kernel is shared and there is one.
-    The inputs of a table are the places that are looked up, [1, row].
+    The inputs of a table are the places that are looked up, [1, row]. `known`: no weight has a part in the inputs.
     """
 
     inputs: jax.ShapeDtypeStruct
     outputs: jax.ShapeDtypeStruct
     tiled: bool
+    known: bool = False
 
     @property
     def is_table(self) -> bool:
@@ -54,6 +56,20 @@ class Use(NamedTuple):
     def features(self) -> int:
         """Numbers that are kept of a row: one of a place."""
         return 1 if self.is_table else self.inputs.shape[2]
+
+
+class _Known(NamedTuple):
+    """Inputs of all steps, known before training, and their products with the kernel as received and with each other [1, row, ...]."""
+
+    inputs: Array
+    product: Array
+    gram: Array
+
+    def at(self, step: int, use: Use) -> tuple[Array, Array]:
+        """Both products of the inputs of a step, those with inputs of the steps before."""
+        rows = use.inputs.shape[1]
+        own = slice(step * rows, (step + 1) * rows)
+        return self.product[:, own], self.gram[:, own, : step * rows]
 
 
 class _Rows(NamedTuple):
@@ -100,11 +116,18 @@ def train(
     batches = local_batches(key, population, client, most, batch_size)
     start = [leaf if use is None else _unit(leaf, 0, most) for leaf, use in zip(received, uses, strict=True)]
     taps = [None if use is None else _tap(use) for use in uses]
+    known: list[_Known | None] = [None] * len(uses)
+    if most <= UNROLLED and any(use is not None and use.known for use in uses):
+        whole = jax.vmap(batches)(jnp.arange(most))
+        batches = lambda index: jax.tree.map(lambda rows: rows[index], whole)  # noqa: E731
+        look = functools.partial(_inputs, parts, loss_fn, tree, received, uses)
+        inputs = jax.vmap(lambda batch: look(batch, filled, prior, key))(whole)
+        known = [None if x is None else _known(x, leaf) for x, leaf in zip(inputs, received, strict=True)]
 
-    def loss(small, taps, weights, histories, *args):
+    def loss(small, taps, weights, histories, index, *args):
         leaves = [
-            own if use is None else _kernel(leaf, weight, history, tap)
-            for leaf, own, weight, history, tap, use in zip(received, small, weights, histories, taps, uses, strict=True)
+            own if use is None else _kernel(leaf, weight, history, tap, ahead and ahead.at(index, use))
+            for leaf, own, weight, history, tap, use, ahead in zip(received, small, weights, histories, taps, uses, known, strict=True)
         ]
         return objective(parts, loss_fn, *tree(leaves), *args)
 
@@ -112,7 +135,7 @@ def train(
         weights, optimizer_state, (tokens, correct, total, trained_loss, trained) = carry
         batch = batches(index)
         small = [weight if use is None else None for weight, use in zip(weights, uses, strict=True)]
-        args = weights, histories, batch, filled, prior, jax.random.fold_in(key, index)
+        args = weights, histories, index, batch, filled, prior, jax.random.fold_in(key, index)
         (grads, seen), (losses, rights, sent) = jax.grad(loss, (0, 1), has_aux=True)(small, taps, *args)
         grads = [g if use is None else _unit(leaf, index + 1, most) for leaf, g, use in zip(received, grads, uses, strict=True)]
         pulled = zip(prox, grads, weights, start, strict=True)
@@ -131,6 +154,7 @@ def train(
     none = jnp.zeros(filled.shape[0])
     carry = start, optimizer.init(tree(start)), (none, none, none, jnp.zeros(()), jnp.zeros(()))
     (weights, _, sums), histories = (_unrolled if most <= UNROLLED else _looped)(step, carry, uses, most)
+    histories = [history if ahead is None else [_whole(ahead, history)] for ahead, history in zip(known, histories, strict=True)]
     deltas = [
         weight - leaf if use is None else DualDelta(_weighted(history, weight), weight.reshape(-1)[0] - 1)
         for leaf, weight, history, use in zip(received, weights, histories, uses, strict=True)
@@ -148,9 +172,29 @@ def _tap(use: Use):
     return (*tap, jnp.zeros(use.inputs.shape[0])) if use.tiled else tap
 
 
-def _kernel(leaf, coefficients, history, tap) -> DualKernel:
+def _kernel(leaf, coefficients, history, tap, ahead=None) -> DualKernel:
     base = leaf if isinstance(leaf, DualKernel) else DualKernel(leaf)
-    return dataclasses.replace(base, scale=coefficients.reshape(-1)[0], history=_weighted(history, coefficients), tap=tap)
+    own: dict[str, Any] = dict(scale=coefficients.reshape(-1)[0], history=_weighted(history, coefficients), tap=tap)
+    return dataclasses.replace(base, **own, ahead=ahead or ())
+
+
+def _inputs(parts, loss_fn, tree, received, uses, batch, held, prior, key) -> list[Array | None]:
+    """What goes into the kernels whose inputs are known, of a batch."""
+    probes = [Probe(leaf) if use is not None and use.known else None for leaf, use in zip(received, uses, strict=True)]
+    weights = [leaf if probe is None else probe for leaf, probe in zip(received, probes, strict=True)]
+    experts, shared = tree(weights)
+    objective(parts, loss_fn, experts, shared, batch, held, prior, key)
+    return [None if probe is None else probe.inputs for probe in probes]
+
+
+def _known(inputs: Float[Array, "step *row feature"], leaf: Array) -> _Known:
+    rows = inputs.reshape(1, -1, inputs.shape[-1])
+    return _Known(rows, rows @ leaf.astype(rows.dtype), jnp.einsum("lrd,lnd->lrn", rows, rows))
+
+
+def _whole(known: _Known, history: list[_Rows]) -> _Rows:
+    """The history of all steps in one, its inputs as they were known."""
+    return _Rows(known.inputs, jnp.concatenate([rows.gradients for rows in history], axis=1), None, 0, len(history))
 
 
 def _weighted(history: list[_Rows], coefficients) -> tuple[History, ...]:

@@ -14,9 +14,9 @@ from jaxtyping import Array
 
 from fedmoe_jax.base import Aggregator, Batch, LossFn, RoundCost
 from fedmoe_jax.experts import Partition, RouterParam, groups
-from fedmoe_jax.kernels import Probe
 from fedmoe_jax.local.dual import MOST_PLACES, UNROLLED, Use
 from fedmoe_jax.local.primal import objective
+from fedmoe_jax.probe import Probe
 
 MEMORY_SHARE = 0.5
 """Share of a device's total memory that the weights of a chunk may take; the rest is for data, state and temporaries."""
@@ -110,7 +110,7 @@ def engines(
       balance: FLOPs that take as long as a byte of memory traffic.
     """
     names, leaves = _leaves(parts)
-    found = _uses(parts, loss_fn, batch, slots, leaves)
+    found = [use and use._replace(known=use.known and _ahead(use, steps)) for use in _uses(parts, loss_fn, batch, slots, leaves)]
     choices = []
     for name, leaf, use in zip(names, leaves, found, strict=True):
         if use is None:
@@ -199,18 +199,20 @@ def _uses(parts: Partition, loss_fn: LossFn, batch: Batch, slots: int, leaves: l
     own = len(jax.tree.leaves(parts.experts))
     fits = [leaf.ndim == (3 if place < own else 2) and id(leaf) not in routers for place, leaf in enumerate(leaves)]
 
-    def trace(wanted: list[bool]) -> list[Probe | None]:
+    def trace(wanted: list[bool]) -> list[tuple[Probe, bool] | None]:
         probes: list[Probe | None] = []
 
-        def forward(leaves, batch):
+        def forward(trained, batch):
+            leaves, key = trained
             leaves = [leaf[:1].repeat(slots, 0) if place < own else leaf for place, leaf in enumerate(leaves)]
             probes[:] = [Probe(leaf) if want else None for leaf, want in zip(leaves, wanted, strict=True)]
             weights = [leaf if probe is None else probe for leaf, probe in zip(leaves, probes, strict=True)]
             state = jnp.ones(number * slots, bool), jnp.zeros(number * slots)
-            return objective(parts, loss_fn, *jax.tree.unflatten(treedef, weights), batch, *state, jax.random.key(0))[0]
+            objective(parts, loss_fn, *jax.tree.unflatten(treedef, weights), batch, *state, key)
+            return [jnp.zeros(()) if probe is None or probe.inputs is None else probe.inputs for probe in probes]
 
-        jax.eval_shape(forward, leaves, batch)
-        return probes
+        free = _free(forward, (leaves, jax.random.key(0)), batch)
+        return [None if probe is None else (probe, known) for probe, known in zip(probes, free, strict=True)]
 
     try:
         probes = trace(fits)
@@ -219,16 +221,32 @@ def _uses(parts: Partition, loss_fn: LossFn, batch: Batch, slots: int, leaves: l
     return [_use(probe) for probe in probes]
 
 
-def _alone(trace: Any, place: int, number: int) -> Probe | None:
+def _free(function: Any, trained: Any, batch: Any) -> list[bool]:
+    """Which outputs of function(trained, batch) do not depend on the first argument, as far as a look at its operations can tell."""
+    program = jax.make_jaxpr(function)(trained, batch).jaxpr
+    bound = {id(variable) for variable in program.invars[: len(jax.tree.leaves(trained))]}
+    for operation in program.eqns:
+        if any(id(variable) in bound for variable in operation.invars):
+            bound.update(map(id, operation.outvars))
+    return [id(variable) not in bound for variable in program.outvars]
+
+
+def _alone(trace: Any, place: int, number: int) -> tuple[Probe, bool] | None:
     try:
         return trace([place == other for other in range(number)])[place]
     except Exception:
         return None
 
 
-def _use(probe: Probe | None) -> Use | None:
-    if probe is None or probe.other or len(probe.products) != 1:
+def _ahead(use: Use, steps: int) -> bool:
+    """Whether known inputs of all steps are best multiplied at once, with all others: not on a CPU, and only where rows are few."""
+    return jax.default_backend() != "cpu" and steps <= UNROLLED and steps * use.inputs.shape[1] <= 2 * use.outputs.shape[-1]
+
+
+def _use(found: tuple[Probe, bool] | None) -> Use | None:
+    if found is None or found[0].other or len(found[0].products) != 1:
         return None
+    probe, known = found
     ((x, tiled),) = probe.products
     if jnp.issubdtype(x.dtype, jnp.integer):
         if len(probe.value.shape) != 2 or probe.value.shape[0] > MOST_PLACES:
@@ -240,7 +258,8 @@ def _use(probe: Probe | None) -> Use | None:
         )
     shape = x.shape if len(probe.value.shape) == 3 else (1, x.size // x.shape[-1], x.shape[-1])
     out = (*shape[:-1], probe.value.shape[-1])
-    return Use(jax.ShapeDtypeStruct(shape, x.dtype), jax.ShapeDtypeStruct(out, x.dtype), tiled)
+    known = known and not tiled and len(probe.value.shape) == 2
+    return Use(jax.ShapeDtypeStruct(shape, x.dtype), jax.ShapeDtypeStruct(out, x.dtype), tiled, known)
 
 
 def _cost(use: Use, width: tuple[int, ...], slots: int, steps: int, balance: float) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from fedmoe_jax import sharding, store
 from fedmoe_jax.base import NO_EXPERT, Aggregator, ClientUpdate
@@ -76,6 +76,10 @@ class Links(NamedTuple):
             return aggregator.add(total, update)
         more = sharding.ring_sum(lambda total, device: aggregator.add(total, own(update, device)), start, self.shards)
         return jax.tree.map(jnp.add, total, more)
+
+    def agreed(self, fine: Bool[Array, ""]) -> Bool[Array, ""]:
+        """Whether it holds on all devices, as far as they must do the same, since `add` passes totals between them."""
+        return fine if self.shards == 1 else jax.lax.psum(~fine, AXES) == 0
 
     def together(self, aggregator: Aggregator, total: Any) -> Any:
         """The total of all devices."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -168,7 +169,8 @@ class Run:
         copies = min(self.chunk, self.setup.copied(memory_bytes() / self.width))
         self.evaluations = (global_evaluation(self.setup), client_evaluation(self.setup, copies))
         step = self.algorithm.step if self.width == 1 else jax.vmap(self.algorithm.step, (0, None))
-        self.program = rounds(step, min(self.setup.config.eval_every, self.setup.config.rounds))
+        self.most = min(self.setup.config.eval_every, self.setup.config.rounds)
+        self.program = rounds(step, self.most)
 
     def restore(self, checkpoints: Checkpoints, most: int | None = None) -> None:
         """Continues from the newest checkpoint of round `most` or before, if there is one.
@@ -268,11 +270,11 @@ class Run:
 
     def _windows(self) -> Generator[tuple[int, Population]]:
         """Where each block of rounds ends, and the population that it needs."""
-        config, stream = self.setup.config, self.setup.stream
+        config, stream, ends = self.setup.config, self.setup.stream, list(self._ends())
+        self._alike = all(last - before == self.most for before, last in itertools.pairwise([self.done, *ends]))
         if stream is None:
-            yield from ((last, self.setup.population) for last in self._ends())
+            yield from ((last, self.setup.population) for last in ends)
         else:
-            ends = list(self._ends())
             windows = stream.windows(self.state, cohort_size=config.cohort, stops=ends)
             yield from ((last, population) for last, (_, population) in zip(ends, windows, strict=True))
 
@@ -289,7 +291,7 @@ class Run:
             try:
                 state = jax.tree.map(jnp.copy, self.state) if first else self.state
                 with inside(f"round {self.done}"):
-                    self.state, infos = jax.block_until_ready(self.program(state, population, count))
+                    self.state, infos = jax.block_until_ready(self.program(state, population, None if self._alike else count))
                 return jax.device_get(infos)
             except jax.errors.JaxRuntimeError as error:
                 if not first or self.chunk == 1 or not is_out_of_memory(error):

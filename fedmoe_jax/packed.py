@@ -1,0 +1,41 @@
+"""Rows of a tree of small arrays, those of a dtype side by side in one array: a GPU writes a row at once, not each number of it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Shaped
+
+Rows = dict[str, Shaped[Array, "row number"]]
+
+
+def zeros(shape: Any, most: int) -> Rows:
+    """`most` rows for trees of this shape."""
+    sizes = {name: sum(leaf.size for leaf in leaves) for name, leaves in _by_dtype(shape).items()}
+    return {name: jnp.zeros((most, size), name) for name, size in sizes.items()}
+
+
+def put(rows: Rows, index: Int[Array, ""], tree: Any) -> Rows:
+    """The rows, that at `index` being those numbers."""
+    row = {name: jnp.concatenate([leaf.reshape(-1) for leaf in leaves]) for name, leaves in _by_dtype(tree).items()}
+    return {name: rows[name].at[index].set(row[name]) for name in rows}
+
+
+def rows(packed: Rows, shape: Any) -> Any:
+    """Trees of that shape, each leaf with a leading axis of rows."""
+    left = {name: jnp.split(packed[name], _ends(leaves), axis=1) for name, leaves in _by_dtype(shape).items()}
+    return jax.tree.map(lambda leaf: left[leaf.dtype.name].pop(0).reshape(-1, *leaf.shape), shape)
+
+
+def _by_dtype(tree: Any) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for leaf in jax.tree.leaves(tree):
+        found.setdefault(leaf.dtype.name, []).append(leaf)
+    return found
+
+
+def _ends(leaves: list[Any]) -> list[int]:
+    ends = [0]
+    for leaf in leaves[:-1]:
+        ends.append(ends[-1] + leaf.size)
+    return ends[1:]
