@@ -293,10 +293,10 @@ class Aggregator(NamedTuple):
     """Turns client updates, seen in chunks, into one server update.
 
     init(experts, shared) -> total; add(total, update) -> total; finish(total) -> (expert deltas, shared deltas). A total is sums over
-    clients that start at 0, which devices add up. `needs` says what it reads of each client: "sum", "norms" or "deltas". One that
-    `collects` keeps all of a cohort in init(experts, shared, clients, slots of a group). `encoder` is what becomes of updates on their way.
-    One that is `private` (see `privacy`) is init(experts, shared, kept), finish(total, key) -> (deltas, kept); it divides by `fixed`.
-    `law`, a `mass.Law`, is what it makes of deltas, None if it does not say.
+    clients that start at 0, which devices add up. `needs` says what it reads of each client: "deltas", "norms", or "sum": then it only adds
+    deltas times tokens or examples, so that the total is not finite where one is not. One that `collects` keeps all of a cohort in
+    init(experts, shared, clients, slots of a group). One that is `private` (see `privacy`) is init(experts, shared, kept) and
+    finish(total, key) -> (deltas, kept), dividing by `fixed`. `encoder`: what updates become on their way. `law`: see `mass.Law`.
     """
 
     init: Callable[..., PyTree]

@@ -228,7 +228,7 @@ def _product(x, kernel: DualKernel, expert) -> Float[Array, "group row hidden"]:
     if not kernel.tap:
         return _times(x, kernel.base, index)
     if kernel.ahead:
-        return _known(x, kernel.ahead, kernel.scale, kernel.history, kernel.tap)
+        return _product_ahead(x, kernel.ahead, kernel.scale, kernel.history, kernel.tap)
     return _dual(x, kernel.base, index, kernel.scale, kernel.history, expert, kernel.tap)
 
 
@@ -259,7 +259,7 @@ _dual.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp
-def _known(x, ahead, scale, history, tap):
+def _product_ahead(x, ahead, scale, history, tap):
     """The same of inputs that were known before training, and of which nothing is to be learnt."""
     product, gram = ahead
     y, first = (scale * product).astype(tap[1].dtype), 0
@@ -270,7 +270,7 @@ def _known(x, ahead, scale, history, tap):
     return y
 
 
-_known.defvjp(lambda x, *args: (_known(x, *args), x), lambda x, g: (None, None, None, None, (x, g)))
+_product_ahead.defvjp(lambda x, *args: (_product_ahead(x, *args), x), lambda x, g: (None, None, None, None, (x, g)))
 
 
 def _is_places(x: Array) -> bool:

@@ -17,14 +17,19 @@ def zeros(shape: Any, most: int) -> Rows:
 
 def put(rows: Rows, index: Int[Array, ""], tree: Any) -> Rows:
     """The rows, that at `index` being those numbers."""
-    row = {name: jnp.concatenate([leaf.reshape(-1) for leaf in leaves]) for name, leaves in _by_dtype(tree).items()}
-    return {name: rows[name].at[index].set(row[name]) for name in rows}
+    leaves = _by_dtype(jax.tree.map(jnp.asarray, tree))
+    return {name: rows[name].at[index].set(jnp.concatenate([leaf.reshape(-1) for leaf in leaves[name]])) for name in rows}
 
 
 def rows(packed: Rows, shape: Any) -> Any:
     """Trees of that shape, each leaf with a leading axis of rows."""
     left = {name: jnp.split(packed[name], _ends(leaves), axis=1) for name, leaves in _by_dtype(shape).items()}
-    return jax.tree.map(lambda leaf: left[leaf.dtype.name].pop(0).reshape(-1, *leaf.shape), shape)
+
+    def leaf_rows(leaf):
+        found = left[leaf.dtype.name].pop(0)
+        return found.reshape(len(found), *leaf.shape)
+
+    return jax.tree.map(leaf_rows, shape)
 
 
 def _by_dtype(tree: Any) -> dict[str, list[Any]]:

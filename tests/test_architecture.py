@@ -15,6 +15,7 @@ FOUNDATION = {
     "grouped",
     "mass",
     "kernels",
+    "conditional",
     "probe",
     "packed",
     "sampling",

@@ -13,6 +13,7 @@ from test_round import close, same
 
 from fedmoe_jax import Population, aggregation, federated_moe
 from fedmoe_jax.base import NO_EXPERT, ClientUpdate, client_keys
+from fedmoe_jax.local.cohort import Trainer
 from fedmoe_jax.models.losses import cross_entropy
 from fedmoe_jax.training import named
 from fedmoe_jax.training.config import TrainConfig
@@ -43,6 +44,60 @@ def spoilt(model, batch, key):
 def made(**options):
     defaults = dict(client_optimizer=optax.sgd(0.3), server_optimizer=optax.sgd(1.0), cohort_size=CLIENTS, batch_size=BATCH)
     return federated_moe(model(), spoilt, **(defaults | dict(local_steps=1, engine="primal") | options))
+
+
+@jax.custom_vjp
+def steep(loss, marked):
+    """The loss, whose gradient is not a number where it is marked."""
+    return loss
+
+
+steep.defvjp(lambda loss, marked: (loss, marked), lambda marked, g: (jnp.where(marked, jnp.nan, g), None))
+
+
+def finite(model, batch, key):
+    """Cross-entropy with such a gradient in the examples of the bad client."""
+    loss, aux = cross_entropy(model, batch, key)
+    return steep(loss, batch.x[:, 0] == MARKS["nan"][0]), aux
+
+
+def together(step, runs):
+    """A round of several runs in one program, of which the first is returned."""
+    lead = functools.partial(jax.tree.map, lambda leaf: jnp.stack([leaf] * runs))
+    return lambda state, data: jax.tree.map(lambda rows: rows[0], jax.jit(jax.vmap(step, (0, None)))(lead(state), data))
+
+
+@pytest.mark.parametrize(
+    ("engine", "runs", "options"),
+    [
+        ("dual", 1, dict(chunk_size=50)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("dual", 2, dict(router="personal")), ("primal", 2, dict(router="statistics")), ("primal", 1, {}))
+        ),
+    ],
+)
+def test_an_update_that_is_not_finite_though_its_loss_is(engine, runs, options, monkeypatch):
+    """It is left out where the sum of updates tells, as it is where each is looked at, in several runs of one program as well."""
+    data, states = clients("nan"), []
+    for sum_tells in (False, True):
+        monkeypatch.setattr(Trainer, "_sum_tells", lambda *_, tells=sum_tells: tells)
+        sizes = dict(cohort_size=CLIENTS, batch_size=BATCH, local_steps=1, solo_examples=0)
+        optimizers = dict(client_optimizer=optax.sgd(0.3), server_optimizer=optax.sgd(1.0))
+        alg = federated_moe(model(), finite, aligner=aligner("random"), engine=engine, **sizes, **optimizers, **options)
+        state, info = (alg.step if runs == 1 else together(alg.step, runs))(alg.init(KEY, data), data)
+        assert info.rejected_updates == 1 and np.isfinite(info.train_loss)
+        states.append(state)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights(states[1])))
+    close(*states)
+
+
+def test_only_updates_much_larger_than_their_sum_are_told_by_it():
+    rows, trainer = jnp.zeros((30, 4)), made(aligner=aligner()).parts.trainer
+    assert trainer._sum_tells(rows, jnp.zeros(11)) and not trainer._sum_tells(rows, jnp.zeros(12))
+    assert not made(aligner=aligner(), reject_above=2.0).parts.trainer._sum_tells(rows, jnp.zeros(1))
+    assert not made(aligner=aligner(), control_variates=True).parts.trainer._sum_tells(rows, jnp.zeros(1))
+    assert not made(aligner=aligner(), aggregator=aggregation.median()).parts.trainer._sum_tells(rows, jnp.zeros(1))
 
 
 def test_what_is_absurd_is_rejected_like_what_is_not_finite_bit_for_bit():

@@ -91,8 +91,8 @@ def test_layers(moe):
 
 def test_inputs_that_are_known_before_training(monkeypatch):
     """Products with them are made once for all steps; here of the first layer, whatever it costs, for clients of one to three steps."""
-    monkeypatch.setattr(plan, "_ahead", lambda use, steps: True)
-    options = dict(client_optimizer=LINEAR["decay of kernels only"], prox=0.5, solo_examples=4, router="personal", local_epochs=1)
+    monkeypatch.setattr(plan, "_worth_it", lambda use, steps: True)
+    options = dict(client_optimizer=LINEAR["decay of kernels only"], prox=0.5, local_epochs=1)
     known = [choice.name for choice in algorithm(engine="dual", **options).plan(population()) if choice.use and choice.use.known]
     assert known == ["1.into.kernel"]
     assert_same(population(), **options)
@@ -184,7 +184,7 @@ def test_bfloat16():
     assert 0 < errors["dual"] <= 2 * errors["primal"]
 
 
-@pytest.mark.parametrize("sum_tells", [True, False])
+@pytest.mark.parametrize("sum_tells", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_client_with_broken_data_is_left_out(sum_tells, monkeypatch):
     monkeypatch.setattr(Trainer, "_sum_tells", lambda *_: sum_tells)
     (primal, info), (dual, info_dual), moved = both(population(broken=(5,), sizes=TWO_STEPS))

@@ -156,6 +156,21 @@ def test_a_run_is_traced_once_and_donates_its_state(monkeypatch):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.experts))
 
 
+@pytest.mark.parametrize(
+    ("changes", "counts"),
+    [
+        (dict(rounds=6, eval_every=2), [None] * 3),
+        (dict(rounds=5, eval_every=2), [2, 2, 1]),
+        (dict(rounds=3, eval_every=9), [None]),
+        (dict(rounds=4, eval_every=4, checkpoint_every=2), [None] * 2),
+        (dict(rounds=6, eval_every=3, checkpoint_every=2), [2, 1, 1, 2]),
+    ],
+)
+def test_blocks_of_one_length_are_all_rounds_of_a_program(changes, counts):
+    run = trainer.Run(setup.build(dataclasses.replace(QUICK, **(dict(checkpoint_every=100) | changes))))
+    assert [count for _, count, _ in run._windows()] == counts
+
+
 def test_an_error_inside_a_round_is_no_mistake_of_the_user():
     run = trainer.Run(setup.build(QUICK))
 
@@ -179,7 +194,8 @@ def test_other_failures_are_raised(message, chunk):
 PERSONAL = {"router": "personal", "dtype": "bfloat16", "router_prior": 1.0, "profile": "tiers"}
 
 
-@pytest.mark.parametrize("changes", [pytest.param({"aligner": "full"}, marks=pytest.mark.slow), PERSONAL], ids=["full", "personal"])
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"aligner": "full"}, PERSONAL], ids=["full", "personal"])
 def test_full_and_personal_and_bfloat16_runs_stay_finite(changes):
     config = dataclasses.replace(QUICK, rounds=2, **changes)
     run = trainer.Run(setup.build(config))

@@ -19,7 +19,7 @@ def logits(weights, x):
 def activated(x, bias):
     """x + bias, its ReLU, and of that the largest of each 2 x 2 positions, in the order that is the quickest: the result is the same.
 
-    After pooling the bias has less to sum in its gradient, which a GPU is not to do while it makes it.
+    After pooling the bias has less to sum in its gradient. The barrier keeps that sum in a kernel of its own, which a GPU does sooner.
     """
     if jax.default_backend() == "gpu":
         return jax.nn.relu(jax.lax.optimization_barrier(_pooled(x) + bias))

@@ -13,7 +13,7 @@ class Network(nn.Sequential):
             super().__init__(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, workload.CLASSES))
         else:
             first, second = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)
-            convolutions = [layer for each in (first, second) for layer in (each, nn.MaxPool2d(2), nn.ReLU())]
+            convolutions = [layer for each in (first, second) for layer in (each, nn.ReLU(), nn.MaxPool2d(2))]
             super().__init__(nn.Unflatten(1, (1, 28)), *convolutions, nn.Flatten(), nn.Linear(7 * 7 * 32, workload.CLASSES))
 
     def loss(self, x, y):

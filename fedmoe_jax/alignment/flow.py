@@ -8,8 +8,7 @@ a large fine outside. Values and prices are integers, so that sums are exact.
 Everything is laid out [expert, client], which streams well.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax.alignment import blocks
 
-T = TypeVar("T")
-
 _PARTS = 1 << 7  # of a step, that are told apart
+_SORTED = 1 << 20  # pairs up to which a GPU sorts
 _AHEAD = 3  # steps that stand for any more: parts make up for less than two
 
 STEPS = 1 << 23
@@ -31,11 +29,6 @@ FINE = 1 << 26
 
 FAR = 1 << 29
 """The cost of what is impossible; the sum of two still fits in 32 bits."""
-
-
-def apply_if(condition: Bool[Array, ""], function: Callable[[T], T], x: T) -> T:
-    """function(x) if the condition holds, else x. Unlike `lax.cond`, under vmap it costs nothing unless it holds somewhere."""
-    return lax.while_loop(lambda state: state[1], lambda state: (function(state[0]), jnp.bool_(False)), (x, condition))[0]
 
 
 class Problem(NamedTuple):
@@ -98,12 +91,13 @@ def _best(worth: Int[Array, "expert client"], slots: Int[Array, " client"]) -> B
 
 
 def least(worth: Int[Array, "expert client"], slots: Int[Array, " client"], far: int = FAR) -> Int[Array, " client"]:
-    """The least of the `slots` highest of each column, all from -far to below far; far - 1 for no slots."""
-    return (sorted_least if jax.default_backend() == "gpu" else bisected_least)(worth, slots, far)
+    """The least of the `slots` highest of each column, of at most all; all are from -far to below far, which none of them is: far - 1."""
+    sort = jax.default_backend() == "gpu" and worth.size <= _SORTED
+    return (sorted_least if sort else bisected_least)(worth, slots, far)
 
 
 def bisected_least(worth: Int[Array, "expert client"], slots: Int[Array, " client"], far: int) -> Int[Array, " client"]:
-    """Much faster than sorting on a CPU."""
+    """As `least`, by bisection, which is much faster than sorting on a CPU."""
 
     def bisect(worth, slots):
         def halve(_, interval):
@@ -120,7 +114,7 @@ def bisected_least(worth: Int[Array, "expert client"], slots: Int[Array, " clien
 
 
 def sorted_least(worth: Int[Array, "expert client"], slots: Int[Array, " client"], far: int) -> Int[Array, " client"]:
-    """Few kernels, where each bisection would start several."""
+    """As `least`, by sorting, in a few kernels of a GPU, where each bisection takes several."""
     ascending = lax.sort(worth.T, is_stable=False)
     place = jnp.maximum(worth.shape[0] - slots, 0)
     found = jnp.take_along_axis(ascending, jnp.minimum(place, worth.shape[0] - 1)[:, None], axis=1)[:, 0]

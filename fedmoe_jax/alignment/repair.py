@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from fedmoe_jax.alignment.flow import FAR, Plan, Problem, apply_if, excess, surplus
+from fedmoe_jax.alignment.flow import FAR, Plan, Problem, excess, surplus
+from fedmoe_jax.conditional import apply_if
 
 _NEAR, _SHARE = 1024, 16  # a repair of a large problem looks first among so many clients, or one in so many
 _LARGE = 1 << 26  # swaps of experts that clients could make; below, to look among all takes little longer and compiles sooner

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax.alignment import flow, newton
 from fedmoe_jax.alignment.repair import repair
+from fedmoe_jax.conditional import apply_if
 
 _FEW = 0.5  # clients too many, for each expert, up to which moves are tried
 _MOVES = 6  # so many at most, in less time than Newton's method takes
@@ -54,7 +55,7 @@ def _optimum(problem: flow.Problem, prices: Int[Array, " expert"]) -> flow.Plan:
         _, count = state
         needed = unfit(state) & (count == last)  # under vmap others may need it
         tried = jnp.where(count == 0, prices, 0), jnp.zeros(prices.shape)
-        plan = flow.plan_at(problem, *flow.apply_if(needed, lambda _: newton.prices(problem), tried))
+        plan = flow.plan_at(problem, *apply_if(needed, lambda _: newton.prices(problem), tried))
         worth_it = jnp.where(unfit(state) & (flow.surplus(plan) <= _FEW * prices.shape[0]), _MOVES, 0)
         return repair(problem, plan, jnp.where(needed, flow.FAR, worth_it)), count + 1
 

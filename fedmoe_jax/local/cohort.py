@@ -25,6 +25,7 @@ from fedmoe_jax.base import (
     client_keys,
     stage_key,
 )
+from fedmoe_jax.conditional import replaced_if
 from fedmoe_jax.experts import Partition, RouterParam, by_group, groups, num_experts, squared_norm
 from fedmoe_jax.kernels import is_dual
 from fedmoe_jax.local import dual, plan, primal, spread
@@ -118,10 +119,10 @@ class Trainer(NamedTuple):
         sizes = dict(cohort_size=-(-size // devices), max_slots=self.max_slots, probes=self.probes)
         chunk = devices * plan.side_by_side(self.chunk_size, cost, choices, **sizes)
         chunks = -(-size // chunk)
-        order = back = jnp.arange(size)
+        order, back = jnp.arange(size), None
         if chunks > 1:  # clients of like size side by side wait less for each other
             order = jnp.argsort(jnp.where(cohort.present, jax.vmap(population.num_examples)(cohort.client), 0))
-            back = jnp.zeros_like(order).at[order].set(back, unique_indices=True)
+            back = jnp.zeros_like(order).at[order].set(jnp.arange(size), unique_indices=True)
         keys = client_keys(key, cohort.client)
         rows = (keys, cohort.client, cohort.client, cohort.present, alignment.held, alignment.probed, prior)
         rows = jax.tree.map(lambda row: _chunked(row[order], chunks, chunk), rows)
@@ -132,7 +133,8 @@ class Trainer(NamedTuple):
             room = chunks * chunk, alignment.held.shape[1] // len(groups(state.experts))
         scan = functools.partial(self.scan, key=noise) if self.mesh is None else functools.partial(spread.train, self)
         delta, kept, out = scan(state, population, rows, kept, room, uses)
-        feedback, routers, loss, rejected, masses = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size][back], out)
+        out = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size], out)
+        feedback, routers, loss, rejected, masses = out if back is None else jax.tree.map(lambda a: a[back], out)
         feedback = Feedback(*feedback)
         examples = feedback.examples
         train_loss = jnp.where(examples.sum() > 0, (loss * examples).sum() / jnp.maximum(examples.sum(), 1), jnp.nan)
@@ -155,7 +157,8 @@ class Trainer(NamedTuple):
         """
         every = received_of(held[None], probed[None], len(groups(self.parts.experts)))[0]
         row = key, client, client, jnp.bool_(True), held, every, every, prior
-        sent, (sound, _), loss = self._client(received, population, self._untouched(), None, *row)
+        sent, told, loss = self._client(received, population, self._untouched(), None, *row)
+        sound = told & all_finite(sent[0][:2])
         (shared, experts, *_), feedback, *_ = without(sent, sound)
         names = (field.name for field in dataclasses.fields(Feedback))
         return (experts, shared), dict(zip(names, feedback, strict=True)), loss, ~sound
@@ -198,7 +201,7 @@ class Trainer(NamedTuple):
             weights = dataclasses.replace(state, experts=experts)
             bases = jax.tree.leaves((experts, state.shared))
             one = jax.vmap(lambda *row: self._client(weights, local, uses, controls, *row))
-            sent, (sound, told), loss = one(keys, client, number, present, held, received, place, prior)
+            sent, told, loss = one(keys, client, number, present, held, received, place, prior)
 
             def take(sent, sound):
                 (update, feedback, gradient, seen), good, kept = sent, present & sound, (controls, statistics, residuals)
@@ -220,10 +223,16 @@ class Trainer(NamedTuple):
                 new = links.add(self.aggregator, total, update, start, num_experts(self.parts.experts))
                 return (new, kept), (feedback, routers, loss, present & ~sound, masses)
 
+            def take_sound(wrong):
+                looked = jax.tree.map(lambda leaf: jnp.where(wrong, leaf, 0), sent[0][:2])
+                sound = told & jax.vmap(all_finite)(looked)
+                return take(without(sent, sound), sound)
+
             if self._sum_tells(sent[0][:2], total):
                 taken = take(sent, told)
                 fine = links.agreed(told.all() & all_finite(taken[0][0]))
-                return jax.lax.cond(fine, lambda: taken, lambda: take(without(sent, sound), sound))
+                return replaced_if(~fine, take_sound, taken)
+            sound = told & jax.vmap(all_finite)(sent[0][:2])
             if any(uses):  # rows are large: take a copy only if that is needed
                 return take(jax.lax.cond(sound.all(), lambda: sent, lambda: without(sent, sound)), sound)
             return take(without(sent, present & sound), sound)
@@ -231,16 +240,16 @@ class Trainer(NamedTuple):
         return train_chunk
 
     def _sum_tells(self, deltas, total) -> bool:
-        """Whether to look at the sum alone, not finite where an update is not: where nothing else is made of updates, and it is smaller."""
+        """Whether to look at the sum alone, not finite where a delta is not: where nothing else is made of deltas, and it is smaller."""
         alone = self.aggregator.needs == "sum" and self.aggregator.encoder is None
         alone &= not self.control_variates and self.reject_above is None
-        return alone and bytes_of(deltas) > 10 * bytes_of(total)  # it is written and read once more than it would be
+        return alone and bytes_of(deltas) > 10 * bytes_of(total)  # to write it, read it and read it again must cost next to nothing
 
     def _client(self, state, population, uses, controls, key, client, number, present, held, received, place, prior):
-        """One client: solo evaluation of what it received, training, and whether its update is finite and not absurd.
+        """One client: solo evaluation of what it received, and training.
 
         `client` is its number in the population, `number` that in what clients keep, `place` where each expert that it receives is.
-        Also returned: whether all of its update is sound, and whether what it tells of it is, with the router rows that it keeps.
+        Also returned: whether what it tells of its update and the router rows that it keeps are finite, and the update not absurd.
         """
         names = groups(self.parts.experts)
         slots = held.shape[0] // len(names)
@@ -264,11 +273,11 @@ class Trainer(NamedTuple):
         weights = result.experts, result.shared
         routers = nnx.split_state(result.experts, RouterParam, ...)[0] if self.personal else None
         result = dataclasses.replace(result, experts=routers, shared=None)
-        told, sound = all_finite(result), all_finite((result, weights))
+        told = all_finite(result)
         if self.reject_above is not None:
             sent = filled & (result.tokens > 0)
             change, before = (squared_norm(*weights, sent, names) for weights in (weights, (own, state.shared)))
-            sound &= change <= self.reject_above**2 * jnp.maximum(before, 1)
+            told &= change <= self.reject_above**2 * jnp.maximum(before, 1)
         result = only(present & told, result)
         tokens = jnp.where(filled, result.tokens, 0)
         examples = jnp.where(present & told, population.num_examples(client), 0)
@@ -284,7 +293,7 @@ class Trainer(NamedTuple):
             batch = primal.local_batch(jax.random.fold_in(key, 2), population, client, 0, self.statistics_examples)
             seen = posterior.observe(self.parts, own, state.shared, batch, filled, prior)
             seen = only(present & all_finite(seen), seen)
-        return (update, feedback, gradient, seen), (sound, told), result.train_loss / jnp.maximum(result.trained, 1)
+        return (update, feedback, gradient, seen), told, result.train_loss / jnp.maximum(result.trained, 1)
 
     def _correction(self, correction, experts):
         """The correction of all weights: router rows that stay on the client have no control variate."""

@@ -39,7 +39,8 @@ class Use(NamedTuple):
     """How a step uses a kernel: the shapes of its inputs and outputs [group, row, width], and whether groups are tiles.
 
     Tiles of rows go to slots that the router chose; otherwise group g is slot g, or the kernel is shared and there is one.
-    The inputs of a table are the places that are looked up, [1, row]. `known`: no weight has a part in the inputs.
+    The inputs of a table are the places that are looked up, [1, row]. `known`: no weight has a part in the inputs, and those of
+    all steps are multiplied at once, before training.
     """
 
     inputs: jax.ShapeDtypeStruct
@@ -122,12 +123,12 @@ def train(
         batches = lambda index: jax.tree.map(lambda rows: rows[index], whole)  # noqa: E731
         look = functools.partial(_inputs, parts, loss_fn, tree, received, uses)
         inputs = jax.vmap(lambda batch: look(batch, filled, prior, key))(whole)
-        known = [None if x is None else _known(x, leaf) for x, leaf in zip(inputs, received, strict=True)]
+        known = [None if x is None else _multiplied(x, leaf) for x, leaf in zip(inputs, received, strict=True)]
 
     def loss(small, taps, weights, histories, index, *args):
         leaves = [
-            own if use is None else _kernel(leaf, weight, history, tap, ahead and ahead.at(index, use))
-            for leaf, own, weight, history, tap, use, ahead in zip(received, small, weights, histories, taps, uses, known, strict=True)
+            own if use is None else _kernel(leaf, weight, history, tap, multiplied and multiplied.at(index, use))
+            for leaf, own, weight, history, tap, use, multiplied in zip(received, small, weights, histories, taps, uses, known, strict=True)
         ]
         return objective(parts, loss_fn, *tree(leaves), *args)
 
@@ -187,7 +188,7 @@ def _inputs(parts, loss_fn, tree, received, uses, batch, held, prior, key) -> li
     return [None if probe is None else probe.inputs for probe in probes]
 
 
-def _known(inputs: Float[Array, "step *row feature"], leaf: Array) -> _Known:
+def _multiplied(inputs: Float[Array, "step *row feature"], leaf: Array) -> _Known:
     rows = inputs.reshape(1, -1, inputs.shape[-1])
     return _Known(rows, rows @ leaf.astype(rows.dtype), jnp.einsum("lrd,lnd->lrn", rows, rows))
 

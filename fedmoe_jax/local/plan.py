@@ -110,7 +110,7 @@ def engines(
       balance: FLOPs that take as long as a byte of memory traffic.
     """
     names, leaves = _leaves(parts)
-    found = [use and use._replace(known=use.known and _ahead(use, steps)) for use in _uses(parts, loss_fn, batch, slots, leaves)]
+    found = [use and use._replace(known=use.known and _worth_it(use, steps)) for use in _uses(parts, loss_fn, batch, slots, leaves)]
     choices = []
     for name, leaf, use in zip(names, leaves, found, strict=True):
         if use is None:
@@ -238,9 +238,9 @@ def _alone(trace: Any, place: int, number: int) -> tuple[Probe, bool] | None:
         return None
 
 
-def _ahead(use: Use, steps: int) -> bool:
-    """Whether known inputs of all steps are best multiplied at once, with all others: not on a CPU, and only where rows are few."""
-    return jax.default_backend() != "cpu" and steps <= UNROLLED and steps * use.inputs.shape[1] <= 2 * use.outputs.shape[-1]
+def _worth_it(use: Use, steps: int) -> bool:
+    """Whether known inputs of all steps are best multiplied at once, with all others: on a GPU, where rows are few."""
+    return jax.default_backend() == "gpu" and steps <= UNROLLED and steps * use.inputs.shape[1] <= 2 * use.outputs.shape[-1]
 
 
 def _use(found: tuple[Probe, bool] | None) -> Use | None:
@@ -289,5 +289,6 @@ def _saved(use: Use, weight: Array, received: int, steps: int) -> float:
     """Bytes of a client's own weights, gradients and deltas, less those of the rows and products that take their place."""
     groups, rows = use.inputs.shape[:2]
     total, lanes = groups * rows, 1 if use.tiled else groups
-    history = use.inputs.dtype.itemsize * steps * total * (use.features + weight.shape[-1] + total // lanes)
+    beside = use.outputs.shape[-1] + steps * total if use.known else 0  # products made before training
+    history = use.inputs.dtype.itemsize * steps * total * (use.features + weight.shape[-1] + total // lanes + beside)
     return 3.0 * weight.dtype.itemsize * received * weight.shape[-2] * weight.shape[-1] - history

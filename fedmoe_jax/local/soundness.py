@@ -15,7 +15,7 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
 
 
 def only(sound: Bool[Array, "*client"], tree: Any) -> Any:
-    """Zeros for what is of clients that are not sound, [client, ...] or of one client."""
+    """The tree, [client, ...] or of one client, with zeros for those that are not sound."""
     return jax.tree.map(lambda leaf: jnp.where(sound.reshape(*sound.shape, *(1,) * (leaf.ndim - sound.ndim)), leaf, 0), tree)
 
 

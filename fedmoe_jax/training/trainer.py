@@ -169,8 +169,7 @@ class Run:
         copies = min(self.chunk, self.setup.copied(memory_bytes() / self.width))
         self.evaluations = (global_evaluation(self.setup), client_evaluation(self.setup, copies))
         step = self.algorithm.step if self.width == 1 else jax.vmap(self.algorithm.step, (0, None))
-        self.most = min(self.setup.config.eval_every, self.setup.config.rounds)
-        self.program = rounds(step, self.most)
+        self.program = rounds(step, self._most())
 
     def restore(self, checkpoints: Checkpoints, most: int | None = None) -> None:
         """Continues from the newest checkpoint of round `most` or before, if there is one.
@@ -215,12 +214,12 @@ class Run:
             return
         while self.done < config.rounds:
             start = time.perf_counter()
-            last, population = next(windows)
+            last, count, population = next(windows)
             waited = time.perf_counter() - start
             traced = number == 1 or (number == 0 and last == config.rounds)
             with jax.profiler.trace(trace) if trace is not None and traced else contextlib.nullcontext():
                 start = time.perf_counter()  # starting a profile takes seconds
-                infos = self._advance(population, last - self.done, first=number == 0)
+                infos = self._advance(population, count, first=number == 0)
                 seconds = (waited + time.perf_counter() - start) / (last - self.done)
             results: list[dict[str, Any]] = [{}] * self.width
             if last % config.eval_every == 0 or last == config.rounds:
@@ -268,30 +267,37 @@ class Run:
         self._returns = returns
         self.state = dataclasses.replace(self.state, key=jax.random.fold_in(self.state.key, returns))
 
-    def _windows(self) -> Generator[tuple[int, Population]]:
-        """Where each block of rounds ends, and the population that it needs."""
+    def _windows(self) -> Generator[tuple[int, int | None, Population]]:
+        """Where each block of rounds ends, its rounds, None where all blocks have the most, and the population that it needs."""
         config, stream, ends = self.setup.config, self.setup.stream, list(self._ends())
-        self._alike = all(last - before == self.most for before, last in itertools.pairwise([self.done, *ends]))
-        if stream is None:
-            yield from ((last, self.setup.population) for last in ends)
-        else:
+        counts: Any = [last - before for before, last in itertools.pairwise([self.done, *ends])]
+        counts = [None] * len(ends) if set(counts) == {self._most()} else counts  # so that one program is compiled
+        windows: Any = itertools.repeat((None, self.setup.population))
+        if stream is not None:
             windows = stream.windows(self.state, cohort_size=config.cohort, stops=ends)
-            yield from ((last, population) for last, (_, population) in zip(ends, windows, strict=True))
+        yield from ((last, count, population) for last, count, (_, population) in zip(ends, counts, windows, strict=False))
+
+    def _pauses(self) -> list[int]:
+        config = self.setup.config
+        return [every for every in (config.eval_every, config.checkpoint_every, config.stream) if every is not None]
+
+    def _most(self) -> int:
+        """Rounds of a block, at most."""
+        return min(self.setup.config.rounds, *self._pauses())
 
     def _ends(self) -> Iterator[int]:
         config, last = self.setup.config, self.done
-        pauses = [every for every in (config.eval_every, config.checkpoint_every, config.stream) if every is not None]
         while last < config.rounds:
-            last = min(config.rounds, *((last // every + 1) * every for every in pauses))
+            last = min(config.rounds, *((last // every + 1) * every for every in self._pauses()))
             yield last
 
-    def _advance(self, population: Population, count: int, *, first: bool) -> Info:
+    def _advance(self, population: Population, count: int | None, *, first: bool) -> Info:
         """One block. If the first does not fit into the device's memory it is tried again with half the chunk."""
         while True:
             try:
                 state = jax.tree.map(jnp.copy, self.state) if first else self.state
                 with inside(f"round {self.done}"):
-                    self.state, infos = jax.block_until_ready(self.program(state, population, None if self._alike else count))
+                    self.state, infos = jax.block_until_ready(self.program(state, population, count))
                 return jax.device_get(infos)
             except jax.errors.JaxRuntimeError as error:
                 if not first or self.chunk == 1 or not is_out_of_memory(error):
