@@ -4,6 +4,7 @@ python tests/mesh_checks.py light          what tests/test_mesh.py looks at, one
 python tests/mesh_checks.py aligners       all aligners with both engines on 1, 2, 4 and 8 devices
 python tests/mesh_checks.py options        all options of a round on 2 x 2 devices
 python tests/mesh_checks.py mass           the aggregate against what clients sent on 2 x 2 devices, also where one is left out
+python tests/mesh_checks.py broken         a client whose data are broken, of whom the sum of a device tells
 python tests/mesh_checks.py command        fedmoe train --devices, and --resume with others
 """
 
@@ -31,6 +32,7 @@ import fedmoe_jax as fm
 from fedmoe_jax import cli, sharding
 from fedmoe_jax.distributed.traffic import collectives
 from fedmoe_jax.local import spread
+from fedmoe_jax.local.cohort import Trainer
 from fedmoe_jax.training.checkpoint import Checkpoints
 
 SIZES = small_round.SIZES * 2  # 16 clients, of whom 11 train: no number of devices divides them
@@ -50,9 +52,9 @@ def difference(a, b):
     return max(one(*pair) for pair in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def made(mesh, of=None, sizes=SIZES, placed=True, **options):
+def made(mesh, of=None, sizes=SIZES, placed=True, broken=(), **options):
     """Population, algorithm and first state, on a mesh or without."""
-    data = small_round.population(sizes=sizes)
+    data = small_round.population(sizes=sizes, broken=broken)
     if mesh is not None and placed:
         data = fm.distributed.place(data, mesh)
     algorithm = small_round.algorithm(of=of, mesh=mesh, **(dict(cohort_size=COHORT, solo_examples=3) | options))
@@ -227,6 +229,17 @@ def of_mass():
     sharding.ring_sum = ring_sum
 
 
+def of_broken():
+    """Both ways to find who is to be left out, of which one is known to the devices by a sum that passes between them."""
+    tells = Trainer._sum_tells
+    for sum_tells in (False, True):
+        Trainer._sum_tells = lambda *_, sum_tells=sum_tells: sum_tells
+        for engine in ("primal", "dual"):
+            options = dict(engine=engine, broken=(5, 12), chunk_size=2, solo_examples=0, router="statistics")
+            yield from compared(f"broken, {engine}, sum tells: {sum_tells}", [(2, 2), (1, 4)], **options)
+    Trainer._sum_tells = tells
+
+
 def command():
     """A run on four devices, one that goes on with two after its end was lost, and one on one device."""
     words = [
@@ -257,5 +270,6 @@ def command():
 
 
 if __name__ == "__main__":
-    for line in {"light": light, "aligners": aligners, "options": options, "mass": of_mass, "command": command}[sys.argv[1]]():
+    checks = dict(light=light, aligners=aligners, options=options, mass=of_mass, broken=of_broken, command=command)
+    for line in checks[sys.argv[1]]():
         print(json.dumps(line), flush=True)

@@ -178,3 +178,9 @@ def test_committed_results_look_right():
 def test_what_clients_send_arrives_and_devices_that_are_left_out_are_seen():
     found = {line["check"]: line["holds"] for line in checks("mass", 540)}
     assert found == {"good, primal": True, "good, dual": True, "not summed over clients": False, "a device left out": False}
+
+
+@pytest.mark.slow
+def test_a_client_with_broken_data_is_left_out_on_all_devices():
+    found = checks("broken", 600)
+    assert len(found) == 8 and all(max(line["state"], line["info"]) < 2e-5 for line in found), found
