@@ -203,6 +203,7 @@ def test_a_run_that_diverges_goes_back_and_takes_another_way(tmp_path, stream, m
     assert len({str(key) for _, key in seen[:4]}) == 1 and len({str(key) for _, key in seen[4:]}) == 1 and seen[3][1] != seen[4][1]
 
 
+@pytest.mark.slow
 def test_a_run_that_always_diverges_goes_back_three_times_and_stops(tmp_path, capsys):
     config = dataclasses.replace(CONFIG, server_lr=1e38, client_lr=1e3, on_divergence="rollback")
     with pytest.raises(StoppedError, match="round 1: training has diverged"):

@@ -242,6 +242,7 @@ def test_seeds_run_side_by_side_on_accelerators_with_enough_memory(monkeypatch):
     assert not compare.one_program([first, other])
 
 
+@pytest.mark.slow
 def test_a_run_of_one_block_can_be_traced(tmp_path):
     run = trainer.Run(setup.build(dataclasses.replace(QUICK, rounds=2)))
     list(run.blocks())  # compiles, of which a trace is large
