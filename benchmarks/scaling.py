@@ -20,6 +20,7 @@ import tempfile
 import time
 
 import jax
+import jax.numpy as jnp
 import optax
 from engines import experts
 from rounds import in_turns, population
@@ -66,7 +67,7 @@ class Side:
         )
         self.data, self.state, self.candidates = data, algorithm.init(jax.random.key(0), data), options["aligner"]
         self.candidates = self.candidates.max_slots + self.candidates.probes
-        self.lowered = fm.rounds(algorithm.step, ROUNDS).lower(self.state, data)
+        self.lowered = fm.rounds(algorithm.step, ROUNDS).lower(self.state, data, ROUNDS)
 
     def compile(self):
         self.program = self.lowered.compile()
@@ -75,11 +76,14 @@ class Side:
     def __call__(self):
         """Seconds of a round."""
         start = time.perf_counter()
-        self.state, _ = jax.block_until_ready(self.program(self.state, self.data))
+        self.state, _ = jax.block_until_ready(self.program(self.state, self.data, jnp.int32(ROUNDS)))
         return (time.perf_counter() - start) / ROUNDS
 
     def sent(self):
-        """Bytes that a device sends in a round: by the program, and by the formula of `distributed.traffic`."""
+        """Bytes that a device sends in a round: by the program, and by the formula of `distributed.traffic`.
+
+        The number of rounds is given to the program, so that its text counts one.
+        """
         found = collectives(self.program.as_text(), self.mesh.size, unknown=1)
         weights = jax.tree.leaves(self.state.experts)
         sizes = dict(
