@@ -260,7 +260,7 @@ _dual.defvjp(_forward, _backward)
 
 @jax.custom_vjp
 def _product_ahead(x, ahead, scale, history, tap):
-    """The same of inputs that were known before training, and of which nothing is to be learnt."""
+    """As `_dual`, of inputs that were known before training: their products are there, and no gradient of them is asked for."""
     product, gram = ahead
     y, first = (scale * product).astype(tap[1].dtype), 0
     for rows in history:

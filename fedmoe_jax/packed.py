@@ -1,5 +1,6 @@
 """Rows of a tree of small arrays, those of a dtype side by side in one array: a GPU writes a row at once, not each number of it."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -23,7 +24,10 @@ def put(rows: Rows, index: Int[Array, ""], tree: Any) -> Rows:
 
 def rows(packed: Rows, shape: Any) -> Any:
     """Trees of that shape, each leaf with a leading axis of rows."""
-    left = {name: jnp.split(packed[name], _ends(leaves), axis=1) for name, leaves in _by_dtype(shape).items()}
+    left = {
+        name: jnp.split(packed[name], list(itertools.accumulate(leaf.size for leaf in leaves[:-1])), axis=1)
+        for name, leaves in _by_dtype(shape).items()
+    }
 
     def leaf_rows(leaf):
         found = left[leaf.dtype.name].pop(0)
@@ -37,10 +41,3 @@ def _by_dtype(tree: Any) -> dict[str, list[Any]]:
     for leaf in jax.tree.leaves(tree):
         found.setdefault(leaf.dtype.name, []).append(leaf)
     return found
-
-
-def _ends(leaves: list[Any]) -> list[int]:
-    ends = [0]
-    for leaf in leaves[:-1]:
-        ends.append(ends[-1] + leaf.size)
-    return ends[1:]

@@ -46,6 +46,11 @@ def permutation(key: Key[Array, ""], position: Int[Array, "*shape"], size: Int[A
     return jax.lax.while_loop(lambda value: (value >= size).any(), walk, start).astype(jnp.int32)
 
 
+def inverse(order: Int[Array, " place"]) -> Int[Array, " place"]:
+    """The permutation that undoes `order`."""
+    return jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype), unique_indices=True)
+
+
 def cohort(key: Key[Array, ""], population: int, size: int) -> Int[Array, " client"]:
     """A uniform sample of `size` clients without replacement: a state-free function of the round's key."""
     return permutation(key, jnp.arange(size), population)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_jax.sampling import cohort, of_round, of_those_here, permutation
+from fedmoe_jax.sampling import cohort, inverse, of_round, of_those_here, permutation
 
 MOST = 64
 _padded = jax.jit(lambda key, size: permutation(key, jnp.arange(MOST), size))
@@ -30,6 +30,11 @@ def test_a_cohort_of_those_who_are_here(seed, here, size):
     assert len(set(found)) == size and here[found].sum() == min(size, here.sum())
     assert list(found[here[found]]) == list(order[here[order]][:size])
     np.testing.assert_array_equal(of_those_here(key, jnp.int32(3), jnp.ones(7, bool), size), of_round(key, jnp.int32(3), 7, size))
+
+
+def test_an_inverse_undoes_an_order():
+    order = np.random.default_rng(0).permutation(50).astype(np.int32)
+    np.testing.assert_array_equal(inverse(jnp.asarray(order)), np.argsort(order))
 
 
 def test_size_zero_is_taken_as_one():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from fedmoe_jax import sampling
 from fedmoe_jax.alignment import assign
 from fedmoe_jax.alignment import fitness as fitness_stage
 from fedmoe_jax.alignment import load as load_stage
@@ -263,7 +264,7 @@ def _aligner(
         )
         allowed = jnp.isfinite(score).sum(axis=1) if probing else num_experts
         filled = jnp.where(ordered.present, num_experts, 0) if whole else jnp.minimum(ordered.slots, allowed)
-        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]), unique_indices=True)
+        back = sampling.inverse(order)
         alignment, filled = jax.tree.map(lambda rows: rows[back], (alignment, filled))
         return dataclasses.replace(alignment, promised=Promise(filled, *bounds)), AlignerState(state.fitness, state.load, prices)
 

@@ -91,7 +91,7 @@ def _best(worth: Int[Array, "expert client"], slots: Int[Array, " client"]) -> B
 
 
 def least(worth: Int[Array, "expert client"], slots: Int[Array, " client"], far: int = FAR) -> Int[Array, " client"]:
-    """The least of the `slots` highest of each column, of at most all; all are from -far to below far, which none of them is: far - 1."""
+    """The least of the `slots` highest of each column, far - 1 for none. Slots are at most the experts, values from -far to below far."""
     sort = jax.default_backend() == "gpu" and worth.size <= _SORTED
     return (sorted_least if sort else bisected_least)(worth, slots, far)
 

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fedmoe_jax import mass, posterior, scaffold
+from fedmoe_jax import mass, posterior, sampling, scaffold
 from fedmoe_jax.base import (
     NO_EXPERT,
     Aggregator,
@@ -122,7 +122,7 @@ class Trainer(NamedTuple):
         order, back = jnp.arange(size), None
         if chunks > 1:  # clients of like size side by side wait less for each other
             order = jnp.argsort(jnp.where(cohort.present, jax.vmap(population.num_examples)(cohort.client), 0))
-            back = jnp.zeros_like(order).at[order].set(jnp.arange(size), unique_indices=True)
+            back = sampling.inverse(order)
         keys = client_keys(key, cohort.client)
         rows = (keys, cohort.client, cohort.client, cohort.present, alignment.held, alignment.probed, prior)
         rows = jax.tree.map(lambda row: _chunked(row[order], chunks, chunk), rows)
