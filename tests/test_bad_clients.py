@@ -70,10 +70,10 @@ def together(step, runs):
 @pytest.mark.parametrize(
     ("engine", "runs", "options"),
     [
-        ("dual", 1, dict(chunk_size=50)),
+        ("primal", 1, dict(chunk_size=50)),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("dual", 2, dict(router="personal")), ("primal", 2, dict(router="statistics")), ("primal", 1, {}))
+            for case in (("dual", 2, dict(router="personal")), ("primal", 2, dict(router="statistics")), ("dual", 1, dict(chunk_size=50)))
         ),
     ],
 )
