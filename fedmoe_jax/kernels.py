@@ -18,6 +18,8 @@ from fedmoe_jax import grouped
 from fedmoe_jax.base import pytree
 from fedmoe_jax.probe import Probe
 
+_PIECES = 31  # of a long sum, at most: so many XLA adds up in one pass of a GPU
+
 _PORTABLE = contextvars.ContextVar("portable", default=False)
 
 
@@ -160,7 +162,7 @@ def shared_sum(delta: Any, weight: Float[Array, " client"]) -> Float[Array, "...
 def _sum_of_products(inputs, gradients):
     """Over clients and rows. A GPU gets a long sum in pieces of some clients each: XLA would cut it anyway, and pad copies of all rows."""
     clients, rows, features = inputs.shape
-    most = min(clients * rows // 1000, 2**21 // max(features * gradients.shape[-1], 1)) if jax.default_backend() == "gpu" else 1
+    most = min(clients * rows // 1000, 2**22 // max(features * gradients.shape[-1], 1), _PIECES) if jax.default_backend() == "gpu" else 1
     pieces = max(number for number in range(1, max(most, 1) + 1) if clients % number == 0)
     inputs, gradients = (a.reshape(pieces, clients // pieces, *a.shape[1:]) for a in (inputs, gradients))
     return jnp.einsum("pcrd,pcrh->pdh", inputs, gradients, preferred_element_type=jnp.float32).sum(0)

@@ -1,12 +1,17 @@
 """Keyed permutations, evaluated only where they are asked: who is in the cohort, which examples are in a batch."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Key
+from jax.experimental.pallas import BlockSpec
+from jaxtyping import Array, Bool, Int, Key, UInt
 
+from fedmoe_jax import gpu
 from fedmoe_jax.base import stage_key
 
-_ROUNDS = 6
+_ROUNDS = 6  # with two more numbers a power of two, as kernels want it
+_BLOCK = 128  # values of a kernel's block, at most
 _STEPS = 4  # of a walk between two looks whether all have arrived, for which a GPU's host waits
 _MIN_HALF_BITS = 3  # below this a Feistel network of six rounds reaches few permutations
 
@@ -28,22 +33,57 @@ def permutation(key: Key[Array, ""], position: Int[Array, "*shape"], size: Int[A
     size = jnp.maximum(jnp.asarray(size, jnp.uint32), 1)
     bits = 32 - jax.lax.clz(jnp.maximum(size - 1, 1))
     half = jnp.maximum((bits + 1) // 2, _MIN_HALF_BITS).astype(jnp.uint32)
-    low = (jnp.uint32(1) << half) - 1
     round_keys = jax.random.bits(key, (_ROUNDS,), jnp.uint32)
+    given = position.astype(jnp.uint32) % size, size, half, round_keys
+    return gpu.run(walked_in_a_kernel, walked, *given).astype(jnp.int32)
 
-    def cipher(value):
-        left, right = value >> half, value & low
-        for round_key in round_keys:
-            left, right = right, left ^ (_mix(right ^ round_key) & low)
-        return (left << half) | right
+
+def walked(value: UInt[Array, "*shape"], size: UInt[Array, ""], half: UInt[Array, ""], round_keys: Any) -> UInt[Array, "*shape"]:
+    """Where `permutation` sends each value: enciphered until it is below `size`."""
 
     def walk(value):
         for _ in range(_STEPS):
-            value = jnp.where(value >= size, cipher(value), value)
+            value = jnp.where(value >= size, _cipher(value, half, round_keys), value)
         return value
 
-    start = walk(cipher(position.astype(jnp.uint32) % size))
-    return jax.lax.while_loop(lambda value: (value >= size).any(), walk, start).astype(jnp.int32)
+    def some(value):
+        return jnp.max((value >= size).astype(jnp.int32)) > 0  # a kernel has no any()
+
+    return jax.lax.while_loop(some, walk, walk(_cipher(value, half, round_keys)))
+
+
+def walked_in_a_kernel(
+    value: UInt[Array, "*shape"],
+    size: UInt[Array, ""],
+    half: UInt[Array, ""],
+    round_keys: UInt[Array, " round"],
+    *,
+    interpret: bool = False,
+) -> UInt[Array, "*shape"]:
+    """As `walked`, in one kernel of a GPU, whose host does not wait for it. `interpret` runs it anywhere, slowly."""
+    count, block = value.size, min(_BLOCK, 1 << (value.size - 1).bit_length())
+    padded = jnp.pad(value.ravel(), (0, -count % block)).reshape(-1, block)
+    given = jnp.concatenate([jnp.stack([size, half]), round_keys])
+
+    def kernel(values, given, out):
+        out[...] = walked(values[...], given[0], given[1], [given[2 + number] for number in range(_ROUNDS)])
+
+    rows = BlockSpec((None, block), lambda row: (row, 0))
+    result, in_specs = jax.ShapeDtypeStruct(padded.shape, jnp.uint32), [rows, BlockSpec(given.shape, lambda row: (0,))]
+    call = gpu.call(
+        kernel, result, warps=max(block // 32, 1), interpret=interpret, grid=padded.shape[:1], in_specs=in_specs, out_specs=rows
+    )
+    found = call(padded, given)
+    return found.ravel()[:count].reshape(value.shape)
+
+
+def _cipher(value, half, round_keys):
+    """A balanced Feistel network on twice `half` bits."""
+    low = (jnp.uint32(1) << half) - 1
+    left, right = value >> half, value & low
+    for round_key in round_keys:
+        left, right = right, left ^ (_mix(right ^ round_key) & low)
+    return (left << half) | right
 
 
 def inverse(order: Int[Array, " place"]) -> Int[Array, " place"]:

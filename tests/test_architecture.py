@@ -18,6 +18,7 @@ FOUNDATION = {
     "conditional",
     "probe",
     "packed",
+    "gpu",
     "sampling",
     "conditions",
     "cache",

@@ -310,3 +310,11 @@ def test_sorting_tells_the_same_threshold_as_bisection():
     found = flow.sorted_least(worth, slots, flow.FAR)
     np.testing.assert_array_equal(found, flow.bisected_least(worth, slots, flow.FAR))
     np.testing.assert_array_equal(found[slots > 0], -np.sort(-np.asarray(worth), axis=0)[np.asarray(slots) - 1, np.arange(200)][slots > 0])
+
+
+def test_a_gpu_counts_by_a_product(monkeypatch):
+    marked = jnp.asarray(np.random.default_rng(0).random((300, 50)) < 0.9)
+    want = np.cumsum(marked, axis=0)
+    np.testing.assert_array_equal(flow.counted(marked), want)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_array_equal(flow.counted(marked), want)

@@ -6,6 +6,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -300,3 +301,21 @@ def test_a_loss_of_augmented_images_is_the_loss_of_what_augment_makes():
 def test_only_images_are_augmented():
     with pytest.raises(ValueError, match=r"x has shape \(4, 7\), only images"):
         losses.augment(jax.random.key(0), batch("transformer").x)
+
+
+def test_cross_entropy_is_that_of_a_library_but_of_ignored_and_impossible_labels():
+    logits = jax.random.normal(jax.random.key(0), (5, 7))
+    y = jnp.array([0, 6, 3, -1, 7])
+
+    def losses(logits, y):
+        return cross_entropy(lambda x: x, Batch(logits, y, jnp.ones(len(y), bool)), jax.random.key(0))[0]
+
+    def library(logits, y):
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+    np.testing.assert_allclose(losses(logits, y)[:3], library(logits[:3], y[:3]), rtol=1e-6)
+    assert losses(logits, y)[3] == 0 and jnp.isnan(losses(logits, y)[4])
+    slopes = [jax.grad(lambda x, of=of: of(x, y[:3]).sum())(logits[:3]) for of in (losses, library)]
+    np.testing.assert_allclose(*slopes, atol=1e-6)
+    program = jax.jit(jax.grad(lambda x: losses(x, y).sum())).lower(logits).as_text()
+    assert "gather" not in program and "scatter" not in program

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmoe_jax.sampling import cohort, inverse, of_round, of_those_here, permutation
+from fedmoe_jax.sampling import cohort, inverse, of_round, of_those_here, permutation, walked, walked_in_a_kernel
 
 MOST = 64
 _padded = jax.jit(lambda key, size: permutation(key, jnp.arange(MOST), size))
@@ -35,6 +35,16 @@ def test_a_cohort_of_those_who_are_here(seed, here, size):
 def test_an_inverse_undoes_an_order():
     order = np.random.default_rng(0).permutation(50).astype(np.int32)
     np.testing.assert_array_equal(inverse(jnp.asarray(order)), np.argsort(order))
+
+
+@pytest.mark.parametrize(("size", "shape"), [(1, (3,)), (60, (3, 20)), (1000, (100,)), (1_000_003, (2, 1100))])
+def test_a_kernel_walks_as_the_loop_does(size, shape):
+    def both(round_keys):
+        given = jnp.arange(np.prod(shape), dtype=jnp.uint32).reshape(shape) % size, jnp.uint32(size), jnp.uint32(10), round_keys
+        return walked(*given), walked_in_a_kernel(*given, interpret=True)
+
+    in_a_loop, in_a_kernel = jax.vmap(both)(jax.random.bits(jax.random.key(5), (2, 6), jnp.uint32))
+    np.testing.assert_array_equal(in_a_kernel, in_a_loop)
 
 
 def test_size_zero_is_taken_as_one():

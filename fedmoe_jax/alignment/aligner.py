@@ -85,7 +85,7 @@ def load_only(
         bounds = even, even + (cohort.slots.sum() % num_experts > 0), jnp.int32(0)
         return assign.round_robin(state.load.load, cohort.slots, key=key), state.prices, *bounds
 
-    return _aligner(choose, num_experts, max_slots, groups, fitness, load, probing=False)
+    return _aligner(_by_number(choose), num_experts, max_slots, groups, fitness, load, probing=False)
 
 
 def balanced(
@@ -145,7 +145,7 @@ def balanced(
             score = score + download_price * cohort.cached
         return (within_bounds if objective == "fitness" else with_deficits)(key, state, cohort, score, wanted)
 
-    return _aligner(choose, num_experts, max_slots, groups, fitness, monitor, probing=True)
+    return _aligner(_by_number(choose), num_experts, max_slots, groups, fitness, monitor, probing=True)
 
 
 def full(*, num_experts: int, groups: int = 1, fitness: Fitness | None = None, load: LoadMonitor | None = None) -> Aligner:
@@ -228,10 +228,22 @@ def grouped(aligner: Aligner, groups: int) -> Aligner:
     return Aligner(init, align, learn, aligner.max_slots, aligner.probes, aligner.num_experts, groups)
 
 
+def _by_number(choose: Choose) -> Choose:
+    """The same, but it sees clients in the order of their numbers, so that the order of the cohort changes nothing."""
+
+    def ordered(key, state, cohort, score):
+        order = jnp.lexsort((cohort.client, ~cohort.present))
+        cohort, score = jax.tree.map(lambda rows: rows[order], (cohort, score))
+        mask, *others = choose(key, state, cohort, score)
+        return mask[sampling.inverse(order)], *others
+
+    return ordered
+
+
 def _aligner(
     choose: Choose, num_experts: int, max_slots: int, groups: int, fitness: Any, load: Any, *, probing: bool, whole: bool = False
 ) -> Aligner:
-    """The Aligner of each group around `choose(key, state, cohort, score) -> (mask, prices)`, which sees clients in order of their ID.
+    """The Aligner of each group around `choose(key, state, cohort, score) -> (mask, prices)`.
 
     Where it keeps to bounds, they and the violation come behind. With `probing` it goes by fitness, and then gives nobody an expert whose
     score is not finite. `whole` fills slots that clients do not have.
@@ -249,23 +261,19 @@ def _aligner(
 
     def align(key: Key[Array, ""], state: AlignerState, cohort: Cohort) -> tuple[Alignment, AlignerState]:
         slots = jnp.where(cohort.present, jnp.minimum(cohort.slots, max_slots), 0)
-        order = jnp.lexsort((cohort.client, ~cohort.present))  # so that the order of the cohort changes nothing
-        ordered = jax.tree.map(lambda rows: rows[order], dataclasses.replace(cohort, slots=slots))
-        score = fitness.score(state.fitness, ordered.client)
-        mask, prices, *bounds = choose(stage_key(key, "assign"), state, ordered, score)
+        score = fitness.score(state.fitness, cohort.client)
+        mask, prices, *bounds = choose(stage_key(key, "assign"), state, dataclasses.replace(cohort, slots=slots), score)
         held = held_slots(mask, max_slots)
-        probed = _probes(client_keys(stage_key(key, "probe"), ordered.client), mask, probes)
+        probed = _probes(client_keys(stage_key(key, "probe"), cohort.client), mask, probes)
         of_held = jnp.take_along_axis(score, jnp.maximum(held, 0), axis=1)
         alignment = Alignment(
             held=held,
             probed=probed,
             fitness=jnp.where(held == NO_EXPERT, 0.0, of_held),
-            fitness_mean=jnp.where(ordered.present, score.mean(axis=1), 0.0),
+            fitness_mean=jnp.where(cohort.present, score.mean(axis=1), 0.0),
         )
         allowed = jnp.isfinite(score).sum(axis=1) if probing else num_experts
-        filled = jnp.where(ordered.present, num_experts, 0) if whole else jnp.minimum(ordered.slots, allowed)
-        back = sampling.inverse(order)
-        alignment, filled = jax.tree.map(lambda rows: rows[back], (alignment, filled))
+        filled = jnp.where(cohort.present, num_experts, 0) if whole else jnp.minimum(slots, allowed)
         return dataclasses.replace(alignment, promised=Promise(filled, *bounds)), AlignerState(state.fitness, state.load, prices)
 
     def learn(state: AlignerState, cohort: Cohort, alignment: Alignment, feedback: Feedback) -> AlignerState:

@@ -189,11 +189,13 @@ def _spread(old: Float[Array, ""], score: Float[Array, "client expert"], scored:
 
     Sorted, so that the order of the cohort changes not even a rounding.
     """
+    if score.shape[1] < 2:
+        return old
     number = scored.sum(axis=1)
     mean = (score * scored).sum(axis=1) / jnp.maximum(number, 1)
     variance = (jnp.where(scored, score - mean[:, None], 0) ** 2).sum(axis=1) / jnp.maximum(number - 1, 1)
     each = jnp.where(number > 1, jnp.sqrt(variance) / jnp.maximum(jnp.abs(mean), 1e-6), 0)
-    new = jnp.sort(each).sum() / jnp.maximum((number > 1).sum(), 1)
+    new = jnp.sort(each, stable=False).sum() / jnp.maximum((number > 1).sum(), 1)
     return jnp.where((number > 1).any(), (1 - SPREAD_RATE) * old + SPREAD_RATE * new, old)
 
 

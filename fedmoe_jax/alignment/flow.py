@@ -87,7 +87,15 @@ def _best(worth: Int[Array, "expert client"], slots: Int[Array, " client"]) -> B
     """The `slots` highest of each column, the first of equals."""
     threshold = least(worth, slots, (_AHEAD + 2) * _PARTS)
     above, equal = worth > threshold, worth == threshold
-    return above | (equal & (jnp.cumsum(equal, axis=0) <= slots - above.sum(axis=0)))
+    return above | (equal & (counted(equal) <= slots - above.sum(axis=0)))
+
+
+def counted(marked: Bool[Array, "expert client"]) -> Int[Array, "expert client"]:
+    """How many are marked from the first row to each one. A GPU multiplies instead, which takes it a tenth of the time."""
+    if jax.default_backend() != "gpu":
+        return jnp.cumsum(marked, axis=0)
+    earlier = jnp.tri(marked.shape[0], dtype=jnp.bfloat16)  # zeros and ones, summed in float32, are exact
+    return jnp.matmul(earlier, marked.astype(jnp.bfloat16), preferred_element_type=jnp.float32).astype(jnp.int32)
 
 
 def least(worth: Int[Array, "expert client"], slots: Int[Array, " client"], far: int = FAR) -> Int[Array, " client"]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from fedmoe_jax.alignment import blocks, flow
+from fedmoe_jax.alignment import blocks, elimination, flow
 from fedmoe_jax.alignment.flow import Problem
 
 _SHRINK = 10.0**-0.4
@@ -92,7 +92,7 @@ def _level(problem: Problem, clients, carry, smoothing):
         full = jax.nn.sigmoid((base + prices) / smoothing)
         column, diagonal = held - lower - room * full, wavering + room * full * (1.0 - full)
         damping = 1e-2 + 1e-3 * diagonal.mean()
-        solution = jax.scipy.linalg.solve(jnp.diag(diagonal + damping) - between, column - pull, assume_a="pos")
+        solution = elimination.solve(jnp.diag(diagonal + damping) - between, column - pull)
         change = jnp.clip(jnp.nan_to_num(solution), -4.0, 4.0)
         thresholds = blocks.mapped(functools.partial(corrected, prices, change), worth, slots, thresholds)
         return prices + smoothing * change, thresholds, jnp.abs(column).max(), wavering.sum(), count + 1

@@ -28,7 +28,9 @@ def cross_entropy(model: Any, batch: Batch, key: Key[Array, ""]) -> tuple[Float[
     logits = model(batch.x).astype(jnp.float32)
     y = batch.y.astype(jnp.int32)
     counted = y != IGNORE
-    loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(y, 0)[..., None], -1)[..., 0]
+    wanted = jnp.maximum(y, 0)[..., None] == jnp.arange(logits.shape[-1])  # the gradient of an index would be a scatter
+    loss = -jnp.where(wanted, jax.nn.log_softmax(logits), 0.0).sum(-1)
+    loss = jnp.where(y < logits.shape[-1], loss, jnp.nan)
 
     def mean(values):
         values, weight = (v.reshape(v.shape[0], -1) for v in (jnp.where(counted, values, 0), counted))
