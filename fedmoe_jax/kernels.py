@@ -160,9 +160,16 @@ def shared_sum(delta: Any, weight: Float[Array, " client"]) -> Float[Array, "...
 
 
 def _sum_of_products(inputs, gradients):
-    """Over clients and rows. A GPU gets a long sum in pieces of some clients each: XLA would cut it anyway, and pad copies of all rows."""
+    """Over clients and rows. A GPU gets a long sum in pieces of some clients each: XLA would cut it anyway, and pad copies of all rows.
+
+    A CPU transposes the left side of a product: it gets the smaller one there.
+    """
     clients, rows, features = inputs.shape
-    most = min(clients * rows // 1000, 2**22 // max(features * gradients.shape[-1], 1), _PIECES) if jax.default_backend() == "gpu" else 1
+    hidden = gradients.shape[-1]
+    if jax.default_backend() == "cpu" and hidden < features:
+        turned = jnp.einsum("crh,crd->hd", gradients, inputs, preferred_element_type=jnp.float32)
+        return jax.lax.optimization_barrier(turned).T  # or XLA turns the product around again
+    most = min(clients * rows // 1000, 2**22 // max(features * hidden, 1), _PIECES) if jax.default_backend() == "gpu" else 1
     pieces = max(number for number in range(1, max(most, 1) + 1) if clients % number == 0)
     inputs, gradients = (a.reshape(pieces, clients // pieces, *a.shape[1:]) for a in (inputs, gradients))
     return jnp.einsum("pcrd,pcrh->pdh", inputs, gradients, preferred_element_type=jnp.float32).sum(0)

@@ -224,7 +224,7 @@ class Trainer(NamedTuple):
                 new = links.add(self.aggregator, total, update, start, num_experts(self.parts.experts))
                 return (new, kept), (feedback, routers, loss, present & ~sound, masses)
 
-            def take_sound(wrong):
+            def take_sound(wrong, sent):
                 looked = jax.tree.map(lambda leaf: jnp.where(wrong, leaf, 0), sent[0][:2])
                 sound = told & jax.vmap(all_finite)(looked)
                 return take(without(sent, sound), sound)
@@ -232,7 +232,7 @@ class Trainer(NamedTuple):
             if self._sum_tells(sent[0][:2], total):
                 taken = take(sent, told)
                 fine = links.agreed(told.all() & all_finite(taken[0][0]))
-                return replaced_if(~fine, take_sound, taken)
+                return replaced_if(~fine, take_sound, taken, sent)
             sound = told & jax.vmap(all_finite)(sent[0][:2])
             if any(uses):  # rows are large: take a copy only if that is needed
                 return take(jax.lax.cond(sound.all(), lambda: sent, lambda: without(sent, sound)), sound)
