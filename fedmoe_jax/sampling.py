@@ -11,7 +11,7 @@ from fedmoe_jax import gpu
 from fedmoe_jax.base import stage_key
 
 _ROUNDS = 6  # with two more numbers a power of two, as kernels want it
-_BLOCK = 128  # values of a kernel's block, at most
+_LEAST, _MOST = 16, 128  # values of a kernel's block
 _STEPS = 4  # of a walk between two looks whether all have arrived, for which a GPU's host waits
 _MIN_HALF_BITS = 3  # below this a Feistel network of six rounds reaches few permutations
 
@@ -61,7 +61,7 @@ def walked_in_a_kernel(
     interpret: bool = False,
 ) -> UInt[Array, "*shape"]:
     """As `walked`, in one kernel of a GPU, whose host does not wait for it. `interpret` runs it anywhere, slowly."""
-    count, block = value.size, min(_BLOCK, 1 << (value.size - 1).bit_length())
+    count, block = value.size, min(_MOST, max(_LEAST, 1 << (value.size - 1).bit_length()))
     padded = jnp.pad(value.ravel(), (0, -count % block)).reshape(-1, block)
     given = jnp.concatenate([jnp.stack([size, half]), round_keys])
 
