@@ -17,10 +17,10 @@ def apply_if(condition: Bool[Array, ""], function: Callable[[T], T], x: T) -> T:
 
 
 def replaced_if(condition: Bool[Array, ""], other: Callable[[Bool[Array, ""], Any], T], x: T, given: Any) -> T:
-    """other(condition, given) if the condition holds, else x, and nothing is copied for it. As with `apply_if`, also under vmap.
+    """other(condition, given) if the condition holds, else x. As with `apply_if`, it costs nothing unless it holds, also under vmap.
 
-    All that `other` does must depend on its first argument, or the compiler takes it out of here, and it is always done. Axes of one
-    element are left out on the way, as XLA would copy an array in which they lie in another order.
+    All that `other` does must depend on its first argument, or the compiler takes it out of here, and it is always done. `given` comes in
+    without its axes of one element: where these are placed otherwise in memory than a loop wants them, XLA for CPUs would copy it.
     """
     never, flat = jnp.zeros_like(condition), jax.tree.map(jnp.squeeze, given)
 

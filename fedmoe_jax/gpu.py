@@ -1,5 +1,9 @@
-"""Kernels of our own on NVIDIA GPUs, for chains of small steps each of which would be a kernel, or wait for the host."""
+"""Kernels of our own on NVIDIA GPUs, for chains of small steps each of which would be a kernel, or wait for the host.
 
+They are Pallas' for Triton, which JAX means to give up: where it has gone, or will not run, all is done without.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,14 +12,23 @@ from jax.experimental import pallas
 
 
 def run(kernel: Callable[..., Any], otherwise: Callable[..., Any], *args: Any) -> Any:
-    """kernel(*args) if this is compiled for a GPU that takes kernels of Triton, else otherwise(*args), which does the same."""
-    return jax.lax.platform_dependent(*args, **(dict(cuda=kernel) if has_kernels() else {}), default=otherwise)
+    """kernel(*args) if this is compiled for a GPU that takes kernels of Triton, else otherwise(*args), the same to rounding."""
+    return _of_platform(kernel, otherwise, *args) if has_kernels() else otherwise(*args)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # outside jit it would go by the default device, wherever the arguments are
+def _of_platform(kernel, otherwise, *args):
+    return jax.lax.platform_dependent(*args, cuda=kernel, default=otherwise)
 
 
 def has_kernels() -> bool:
-    """Whether a GPU of this machine takes kernels of Triton: one of NVIDIA's, of compute capability 8 or above."""
+    """Whether a GPU of this machine takes kernels of Triton: one of NVIDIA's, of compute capability 8 or above, if no device is set."""
+    try:
+        import jax.experimental.pallas.triton
+    except ImportError:
+        return False
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # "gfx90a" of AMD's, none of a CPU
-    return capability.split(".")[0].isdigit() and float(capability) >= 8
+    return jax.config.values["jax_default_device"] is None and capability.split(".")[0].isdigit() and float(capability) >= 8
 
 
 def call(kernel: Callable[..., None], out_shape: Any, *, warps: int, interpret: bool, **options: Any) -> Callable[..., Any]:

@@ -162,7 +162,7 @@ def shared_sum(delta: Any, weight: Float[Array, " client"]) -> Float[Array, "...
 def _sum_of_products(inputs, gradients):
     """Over clients and rows. A GPU gets a long sum in pieces of some clients each: XLA would cut it anyway, and pad copies of all rows.
 
-    A CPU transposes the left side of a product: it gets the smaller one there.
+    A CPU transposes the left factor of a product, so the smaller one goes there.
     """
     clients, rows, features = inputs.shape
     hidden = gradients.shape[-1]

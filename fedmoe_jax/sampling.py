@@ -12,7 +12,7 @@ from fedmoe_jax.base import stage_key
 
 _ROUNDS = 6  # with two more numbers a power of two, as kernels want it
 _LEAST, _MOST = 16, 128  # values of a kernel's block
-_STEPS = 4  # of a walk between two looks whether all have arrived, for which a GPU's host waits
+_STEPS = 4  # of a walk between two looks whether all have arrived, for which a GPU's host waits where there is no kernel
 _MIN_HALF_BITS = 3  # below this a Feistel network of six rounds reaches few permutations
 
 
@@ -30,6 +30,8 @@ def permutation(key: Key[Array, ""], position: Int[Array, "*shape"], size: Int[A
     References:
       [1] Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002.
     """
+    if position.size == 0:
+        return position.astype(jnp.int32)
     size = jnp.maximum(jnp.asarray(size, jnp.uint32), 1)
     bits = 32 - jax.lax.clz(jnp.maximum(size - 1, 1))
     half = jnp.maximum((bits + 1) // 2, _MIN_HALF_BITS).astype(jnp.uint32)

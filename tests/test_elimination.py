@@ -30,3 +30,9 @@ def test_it_solves_for_several_groups_at_once():
     matrices, vectors = (jnp.asarray(np.stack(column)) for column in zip(*each, strict=True))
     found = jax.vmap(lambda matrix, vector: eliminated(matrix, vector, interpret=True))(matrices, vectors)
     np.testing.assert_allclose(found, jax.vmap(factorised)(matrices, vectors), rtol=1e-3, atol=1e-3)
+
+
+def test_a_matrix_that_is_not_positive_definite_has_no_solution():
+    matrix = jnp.diag(jnp.array([1.0, -1.0, 2.0]))
+    for found in (eliminated(matrix, jnp.ones(3), interpret=True), factorised(matrix, jnp.ones(3))):
+        assert jnp.isnan(found).all()

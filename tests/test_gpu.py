@@ -1,9 +1,11 @@
 """Tests of where kernels of our own run: only in what is compiled for a GPU that takes them."""
 
+import sys
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fedmoe_jax import gpu, sampling
@@ -16,14 +18,41 @@ def test_kernels_are_for_gpus_that_have_them(capability, has, monkeypatch):
     assert gpu.has_kernels() is has
 
 
-@pytest.mark.parametrize(
-    "function", [lambda x: sampling.permutation(jax.random.key(0), x, 9), lambda x: elimination.solve(jnp.eye(9), 1.0 * x)]
-)
-def test_what_is_compiled_for_another_machine_has_no_kernel(function, monkeypatch):
-    def lowered(platform):
-        return jax.jit(lambda x: function(x)).trace(jnp.arange(9)).lower(lowering_platforms=(platform,)).as_text()
+FUNCTIONS = {
+    "positions": lambda x: sampling.permutation(jax.random.key(0), x, 9),
+    "one position": lambda x: sampling.permutation(jax.random.key(0), x[:1], 9),
+    "positions of clients": lambda x: jax.vmap(jax.vmap(lambda key: sampling.permutation(key, x, 9)))(
+        jax.random.split(jax.random.key(0), (2, 3))
+    ),
+    "equations": lambda x: elimination.solve(jnp.eye(9), 1.0 * x),
+    "64 equations": lambda x: elimination.solve(jnp.eye(64) * x[1], jnp.ones(64)),
+}
 
-    assert "xla.gpu.triton" not in lowered("cuda")
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_kernels_are_only_in_what_is_compiled_for_a_gpu(name, monkeypatch):
+    def traced(has):
+        monkeypatch.setattr(gpu, "has_kernels", lambda: has)
+        return jax.jit(lambda x: FUNCTIONS[name](x)).trace(jnp.arange(9))
+
+    assert "pallas_call" not in str(traced(False).jaxpr)
+    with_kernel = traced(True)
+    assert "pallas_call" in str(with_kernel.jaxpr)
+    assert "triton" not in with_kernel.lower(lowering_platforms=("cpu",)).as_text()
+    if jax.__version_info__ < (0, 11):  # later versions lower kernels only where there is a GPU
+        assert "xla.gpu.triton" in with_kernel.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_without_kernels_or_with_a_device_that_is_set_all_is_done_as_elsewhere(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="9.0")])
+    with jax.default_device(jax.local_devices()[0]):
+        assert not gpu.has_kernels()
+    assert gpu.has_kernels()
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    assert not gpu.has_kernels()
+
+
+def test_a_kernel_is_left_alone_where_arguments_are_on_another_device(monkeypatch):
+    want = sampling.permutation(jax.random.key(0), jnp.arange(9), 9)
     monkeypatch.setattr(gpu, "has_kernels", lambda: True)
-    assert "xla.gpu.triton" not in lowered("cpu")
-    assert "xla.gpu.triton" in lowered("cuda")
+    np.testing.assert_array_equal(sampling.permutation(jax.random.key(0), jnp.arange(9), 9), want)

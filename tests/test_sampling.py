@@ -47,6 +47,10 @@ def test_a_kernel_walks_as_the_loop_does(size, shape):
     np.testing.assert_array_equal(in_a_kernel, in_a_loop)
 
 
+def test_no_positions():
+    assert permutation(jax.random.key(0), jnp.arange(0), 5).shape == (0,)
+
+
 def test_size_zero_is_taken_as_one():
     assert (np.asarray(_padded(jax.random.key(0), 0)) == 0).all()
 

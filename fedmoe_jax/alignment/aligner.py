@@ -229,7 +229,7 @@ def grouped(aligner: Aligner, groups: int) -> Aligner:
 
 
 def _by_number(choose: Choose) -> Choose:
-    """The same, but it sees clients in the order of their numbers, so that the order of the cohort changes nothing."""
+    """The same, but it sees present clients first, each in the order of their numbers: so the order of the cohort changes nothing."""
 
     def ordered(key, state, cohort, score):
         order = jnp.lexsort((cohort.client, ~cohort.present))

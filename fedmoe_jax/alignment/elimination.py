@@ -11,7 +11,7 @@ _MOST = 64  # equations of a kernel: with more a library is quicker
 
 
 def solve(matrix: Float[Array, "n n"], vector: Float[Array, " n"]) -> Float[Array, " n"]:
-    """x such that matrix x = vector, of a symmetric matrix that is positive definite."""
+    """x such that matrix x = vector, of a symmetric matrix; NaN unless that is positive definite."""
     if matrix.shape[0] > _MOST:
         return factorised(matrix, vector)
     return gpu.run(eliminated, factorised, matrix, vector)
@@ -27,7 +27,7 @@ def eliminated(matrix: Float[Array, "n n"], vector: Float[Array, " n"], *, inter
     size, whole = vector.shape[0], max(1 << (vector.shape[0] - 1).bit_length(), 16)  # a power of two, as kernels want it
     more = whole - size
     padded = jnp.pad(matrix, (0, more)) + jnp.diag(jnp.arange(whole) >= size)
-    result = jax.ShapeDtypeStruct((whole,), jnp.float32)
+    result = jax.ShapeDtypeStruct((whole,), vector.dtype)
     return gpu.call(_eliminate, result, warps=8, interpret=interpret)(padded, jnp.pad(vector, (0, more)))[:size]
 
 
@@ -44,4 +44,5 @@ def _eliminate(matrix, vector, out):
         return a - share[:, None] * of_row[None, :], b - share * right
 
     a, b = lax.fori_loop(0, size, step, (matrix[...], vector[...]))
-    out[...] = b / jnp.where(row == column, a, 0.0).sum(1)
+    pivots = jnp.where(row == column, a, 0.0).sum(1)
+    out[...] = jnp.where(pivots.min() > 0, b / pivots, jnp.nan)

@@ -91,7 +91,7 @@ def _best(worth: Int[Array, "expert client"], slots: Int[Array, " client"]) -> B
 
 
 def counted(marked: Bool[Array, "expert client"]) -> Int[Array, "expert client"]:
-    """How many are marked from the first row to each one. A GPU multiplies instead, which takes it a tenth of the time."""
+    """How many are marked from the first row to each one. A GPU multiplies instead, which takes it less time."""
     if jax.default_backend() != "gpu":
         return jnp.cumsum(marked, axis=0)
     earlier = jnp.tri(marked.shape[0], dtype=jnp.bfloat16)  # zeros and ones, summed in float32, are exact

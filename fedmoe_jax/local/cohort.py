@@ -134,7 +134,7 @@ class Trainer(NamedTuple):
         scan = functools.partial(self.scan, key=noise) if self.mesh is None else functools.partial(spread.train, self)
         delta, kept, out = scan(state, population, rows, kept, room, uses)
         out = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size], out)
-        out = jax.lax.optimization_barrier(out)  # or the one block of a GPU that sums over clients also sums over their examples
+        out = jax.lax.optimization_barrier(out)  # else XLA puts sums over examples into the sum over clients, one block of a GPU
         feedback, routers, loss, rejected, masses = out if back is None else jax.tree.map(lambda a: a[back], out)
         feedback = Feedback(*feedback)
         examples = feedback.examples

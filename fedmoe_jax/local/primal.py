@@ -106,7 +106,7 @@ def local_batch(key: Key[Array, ""], population: Population, client: Int[Array, 
 def local_batches(
     key: Key[Array, ""], population: Population, client: Int[Array, ""], steps: int, batch_size: int
 ) -> Callable[[Int[Array, ""] | int], Batch]:
-    """`local_batch` as a function of the step. Of few examples all orders are drawn at once: on a GPU each draw waits for the host."""
+    """`local_batch` as a function of the step. Of few examples all orders are drawn at once: on a GPU each draw is kernels of its own."""
     if steps * batch_size > _AT_ONCE:
         return lambda step: local_batch(key, population, client, step, batch_size)
     size = population.num_examples(client)
