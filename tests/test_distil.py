@@ -95,6 +95,7 @@ def test_each_layer_gets_rows_of_its_own_statistics(layer):
         np.testing.assert_array_equal(found[place]["w_in"].get_value(), parts.experts[place]["w_in"].get_value())
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_distilled_weights_and_trains_as_with_statistics(tmp_path):
     flags = ["--population", "8", "--cohort", "4", "--experts", "4", "--rounds", "2", "--eval_every", "2", "--model_options", "hidden=16"]
     runs = {}

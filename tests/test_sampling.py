@@ -11,6 +11,7 @@ from fedmoe_jax.sampling import cohort, inverse, of_round, of_those_here, permut
 
 MOST = 64
 _padded = jax.jit(lambda key, size: permutation(key, jnp.arange(MOST), size))
+_those_here, _of_round = jax.jit(of_those_here, static_argnums=3), jax.jit(of_round, static_argnums=(2, 3))
 
 
 @settings(max_examples=60, deadline=None)
@@ -25,11 +26,11 @@ def test_it_is_a_permutation(seed, size):
 @given(seed=st.integers(0, 2**32 - 1), here=st.lists(st.booleans(), min_size=7, max_size=7), size=st.integers(1, 7))
 def test_a_cohort_of_those_who_are_here(seed, here, size):
     key, here = jax.random.key(seed), np.array(here)
-    found = np.asarray(of_those_here(key, jnp.int32(3), jnp.asarray(here), size))
-    order = np.asarray(of_round(key, jnp.int32(3), 7, 7))
+    found = np.asarray(_those_here(key, jnp.int32(3), jnp.asarray(here), size))
+    order = np.asarray(_of_round(key, jnp.int32(3), 7, 7))
     assert len(set(found)) == size and here[found].sum() == min(size, here.sum())
     assert list(found[here[found]]) == list(order[here[order]][:size])
-    np.testing.assert_array_equal(of_those_here(key, jnp.int32(3), jnp.ones(7, bool), size), of_round(key, jnp.int32(3), 7, size))
+    np.testing.assert_array_equal(_those_here(key, jnp.int32(3), jnp.ones(7, bool), size), _of_round(key, jnp.int32(3), 7, size))
 
 
 def test_an_inverse_undoes_an_order():
