@@ -1,4 +1,5 @@
-"""Kernels of our own on NVIDIA GPUs, for chains of small steps each of which would be a kernel, or wait for the host.
+"""Kernels of our own on NVIDIA GPUs, for chains of small steps each of which would be a kernel or wait for the host, and for factors
+of a product that would be written down to be read once.
 
 They are Pallas' for Triton, which JAX means to give up: where it has gone, or will not run, all is done without.
 """

@@ -10,12 +10,18 @@ import pytest
 
 from fedmoe_jax import gpu, sampling
 from fedmoe_jax.alignment import elimination
+from fedmoe_jax.nn import implicit
 
 
 @pytest.mark.parametrize(("capability", "has"), [("9.0", True), ("10.0", True), ("7.5", False), ("gfx90a", False), ("", False)])
 def test_kernels_are_for_gpus_that_have_them(capability, has, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
     assert gpu.has_kernels() is has
+
+
+def convolved(x):
+    """Images times kernels of which nothing is known while this is compiled."""
+    return implicit.convolve(jnp.ones((2, 3, 3, 1)) * x[1], jnp.ones((3, 3, 1, 4)) * x[2])
 
 
 FUNCTIONS = {
@@ -25,6 +31,8 @@ FUNCTIONS = {
         jax.random.split(jax.random.key(0), (2, 3))
     ),
     "equations": lambda x: elimination.solve(jnp.eye(9), 1.0 * x),
+    "a convolution": lambda x: convolved(1.0 * x).sum(),
+    "gradients of a convolution": lambda x: jax.grad(lambda x: convolved(x).sum())(1.0 * x),
     "64 equations": lambda x: elimination.solve(jnp.eye(64) * x[1], jnp.ones(64)),
 }
 

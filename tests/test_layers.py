@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from fedmoe_jax import gpu
 from fedmoe_jax.base import Batch
 from fedmoe_jax.kernels import portable
 from fedmoe_jax.models.losses import balanced_softmax, cross_entropy
@@ -150,9 +151,13 @@ def test_rotary_products_depend_on_distance_only():
     np.testing.assert_allclose(jnp.linalg.norm(turn(q, jnp.asarray(9)), axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["matmul", "convolution"])
+@pytest.mark.parametrize("method", ["matmul", "convolution", "implicit"])
 @pytest.mark.parametrize(("stride", "size"), [(1, (5, 6)), (2, (5, 6)), (2, (8, 7))])
 def test_conv_equals_lax(stride, size, method):
+    if method == "implicit" and stride > 1:
+        with pytest.raises(ValueError, match="stride is 2, must be 1"):
+            Conv(3, 4, stride=stride, method=method, rngs=nnx.Rngs(0))
+        return
     conv = Conv(3, 4, stride=stride, method=method, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, *size, 3))
     kernel = conv.linear.kernel.get_value().reshape(3, 3, 3, 4)
@@ -196,17 +201,24 @@ def test_what_positions_read_is_the_same_by_a_table(stride, size, monkeypatch):
         assert both(x)[1] == program
 
 
-def test_conv_is_convolved_only_where_that_is_quicker(monkeypatch):
-    def is_convolved(size, out, stride=1, dtype=jnp.bfloat16):
+def test_conv_takes_what_is_the_quickest(monkeypatch):
+    def method(size, out, stride=1, dtype=jnp.bfloat16):
         conv = Conv(4, out, stride=stride, dtype=dtype, rngs=nnx.Rngs(0))
         x = jnp.ones((1, size, size, 4))
         np.testing.assert_allclose(conv(x), Conv(4, out, stride=stride, dtype=dtype, method="matmul", rngs=nnx.Rngs(0))(x), atol=0.05)
-        return "conv_general_dilated" in str(jax.make_jaxpr(lambda x: conv(x))(x))
+        program = str(jax.make_jaxpr(lambda x: conv(x))(x))
+        kernel = "pallas_call" in program
+        return "implicit" if kernel else "convolution" if "conv_general_dilated" in program else "matmul"
 
-    assert not is_convolved(16, 4)
+    assert method(16, 4) == "matmul"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert is_convolved(16, 4) and is_convolved(16, 4, dtype=jnp.float32)
-    assert not any((is_convolved(15, 4), is_convolved(16, 8), is_convolved(16, 4, stride=2)))
+    assert method(16, 4) == method(16, 4, dtype=jnp.float32) == "convolution"
+    assert {method(15, 4), method(16, 8), method(16, 4, stride=2)} == {"matmul"}
+    monkeypatch.setattr(gpu, "has_kernels", lambda: True)
+    assert {method(15, 4), method(16, 32, dtype=jnp.float32), method(16, 64)} == {"implicit"}
+    assert {method(16, 33, dtype=jnp.float32), method(16, 65), method(16, 4, stride=2)} == {"matmul"}
+    with portable():
+        assert method(16, 4) == "matmul"
 
 
 def test_norms_equal_numpy():

@@ -1,5 +1,7 @@
 """The two networks of the workload in plain JAX, for simulators that take a loss function."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -30,7 +32,7 @@ def activated(x, bias):
 
 @jax.custom_vjp
 def _pooled(x):
-    return _windows(x).max((2, 4))
+    return functools.reduce(jnp.maximum, _four(x))
 
 
 def _windows(x):
@@ -38,17 +40,25 @@ def _windows(x):
     return x.reshape(examples, height // 2, 2, width // 2, 2, channels)
 
 
-def _gradient(saved, gradient):
-    """The largest share it evenly."""
-    x, most = saved
-    largest = _windows(x) == most[:, :, None, :, None]
-    share = gradient / largest.sum((2, 4))
-    return (jnp.where(largest, share[:, :, None, :, None], 0).reshape(x.shape),)
+def _four(x):
+    windows = _windows(x)
+    return [windows[:, :, row, :, column] for row in (0, 1) for column in (0, 1)]
 
 
 def _forward(x):
+    """Kept is a bit for each of the four, set where it is the largest."""
     most = _pooled(x)
-    return most, (x, most)
+    bits = sum((part == most).astype(jnp.uint8) << place for place, part in enumerate(_four(x)))
+    return most, jax.lax.optimization_barrier(bits)
+
+
+def _gradient(bits, gradient):
+    """The largest share it evenly."""
+    share = gradient / jax.lax.population_count(bits)
+    place = jnp.arange(4, dtype=jnp.uint8).reshape(2, 1, 2, 1)
+    largest = bits[:, :, None, :, None] >> place & 1 > 0
+    examples, height, width, channels = gradient.shape
+    return (jnp.where(largest, share[:, :, None, :, None], 0).reshape(examples, 2 * height, 2 * width, channels),)
 
 
 _pooled.defvjp(_forward, _gradient)

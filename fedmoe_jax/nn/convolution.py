@@ -21,22 +21,34 @@ def convolve(
     XLA's gradient of a kernel for each client is one small convolution for each client on a GPU. Here it is one product of the shifted
     images with the shifted gradients for all of them, accumulated in float32. Gradients exist in reverse mode only.
     """
-    return _convolved(x, kernel, stride)
+    return convolved(x, kernel, stride)
 
 
-def _convolved(x, kernel, stride):
+def convolved(x: Float[Array, "..."], kernel: Float[Array, "3 3 in out"], stride: int = 1) -> Float[Array, "..."]:
+    """As `convolve`, but that its gradients are XLA's."""
     return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), (stride, stride), ((1, 1), (1, 1)), dimension_numbers=_LAYOUT)
 
 
 def _forward(x, kernel, stride):
-    return _convolved(x, kernel, stride), (x, kernel)
+    return convolved(x, kernel, stride), (x, kernel)
 
 
 def _backward(stride, saved, gradient):
     x, kernel = saved
-    product = _of_kernel if stride == 1 else functools.partial(_of_strided_kernel, stride=stride)
-    (of_x,) = jax.vjp(lambda x: _convolved(x, kernel, stride), x)[1](gradient)
-    return of_x, product(x, gradient).astype(kernel.dtype)
+    return of_images(gradient, kernel, x.shape[1:3], stride), of_kernel(x, gradient, stride).astype(kernel.dtype)
+
+
+def of_images(
+    gradient: Float[Array, "..."], kernel: Float[Array, "3 3 in out"], size: tuple[int, ...] | None = None, stride: int = 1
+) -> Float[Array, "example height width in"]:
+    """Gradient of images of that size, by default that of the gradient."""
+    x = jax.ShapeDtypeStruct((gradient.shape[0], *(size or gradient.shape[1:3]), kernel.shape[2]), gradient.dtype)
+    return jax.linear_transpose(lambda x: convolved(x, kernel, stride), x)(gradient)[0]
+
+
+def of_kernel(x: Float[Array, "..."], gradient: Float[Array, "..."], stride: int = 1) -> Float[Array, "3 3 in out"]:
+    """Gradient of the kernel, in float32."""
+    return _of_kernel(x, gradient) if stride == 1 else _of_strided_kernel(x, gradient, stride)
 
 
 def _of_kernel(x, gradient):

@@ -9,8 +9,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key, Shaped
 
+from fedmoe_jax import gpu
 from fedmoe_jax.kernels import matmul
+from fedmoe_jax.nn import implicit
 from fedmoe_jax.nn.convolution import convolve, on_gpu, patches
+
+_FEW = 128  # bytes of all channels of a position, up to which patches that are not written down were the quickest
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "fan_in", "scale"))
@@ -54,14 +58,15 @@ class Conv(nnx.Module):
     Args:
       in_features, out_features: channels.
       stride: between positions of the output.
-      method: "matmul", the nine shifts of the image times one matrix, which is all that the dual engine takes; "convolution",
-        XLA's, but for the gradient of the kernel (`convolution.convolve`); or "auto", the latter where it was the quicker on an
-        H200: on a GPU, with as many channels out as in, without stride, and on images of 16 x 16 or more. On a GPU gradients exist in
-        reverse mode only, whichever it is.
+      method: "matmul", the nine shifts of the image times one matrix, which is all that the dual engine takes; "implicit", the same
+        without writing the shifts down (`implicit.convolve`), in kernels of our own on NVIDIA GPUs, elsewhere as the next one;
+        "convolution", XLA's, but for the gradient of the kernel (`convolution.convolve`); or "auto", what was the quickest on an H200:
+        on a GPU and without stride "implicit" up to 32 channels (64 in bfloat16) where kernels run, else "convolution" with as many
+        channels out as in and on images of 16 x 16 or more. On a GPU gradients exist in reverse mode only, whichever it is.
       dtype: what it computes in, by default that of x.
 
     Raises:
-      ValueError: if there is no such method.
+      ValueError: if there is no such method, or it takes no stride.
     """
 
     def __init__(
@@ -74,8 +79,10 @@ class Conv(nnx.Module):
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
-        if method not in ("auto", "matmul", "convolution"):
-            raise ValueError(f"method is {method!r}, must be 'auto', 'matmul' or 'convolution'")
+        if method not in ("auto", "matmul", "convolution", "implicit"):
+            raise ValueError(f"method is {method!r}, must be 'auto', 'matmul', 'convolution' or 'implicit'")
+        if method == "implicit" and stride != 1:
+            raise ValueError(f"stride is {stride}, must be 1 where method is 'implicit'")
         self.linear = Linear(9 * in_features, out_features, use_bias=False, dtype=dtype, rngs=rngs)
         self.shape = 3, 3, in_features, out_features
         self.stride = stride
@@ -83,17 +90,19 @@ class Conv(nnx.Module):
 
     def __call__(self, x: Float[Array, "example height width in"]) -> Float[Array, "example new_height new_width out"]:
         """The output has ceil(height / stride) rows and ceil(width / stride) columns."""
-        if self.method == "convolution" or (self.method == "auto" and self._is_quicker_convolved(x)):
-            return self._convolved(x)
-        return self.linear(patches(x, self.stride))
-
-    def _is_quicker_convolved(self, x):
-        alike = self.stride == 1 and self.shape[2] == self.shape[3] and min(x.shape[1:3]) >= 16
-        return on_gpu() and alike
-
-    def _convolved(self, x):
+        method = self._quickest(x) if self.method == "auto" else self.method
+        if method == "matmul":
+            return self.linear(patches(x, self.stride))
         x = x if self.linear.dtype is None else x.astype(self.linear.dtype)
-        return convolve(x, self.linear.kernel.get_value().reshape(self.shape), self.stride)
+        kernel = self.linear.kernel.get_value().reshape(self.shape)
+        return implicit.convolve(x, kernel) if method == "implicit" else convolve(x, kernel, self.stride)
+
+    def _quickest(self, x):
+        if not on_gpu() or self.stride > 1:
+            return "matmul"
+        if gpu.has_kernels() and max(self.shape[2:]) * jnp.dtype(self.linear.dtype or x.dtype).itemsize <= _FEW:
+            return "implicit"
+        return "convolution" if self.shape[2] == self.shape[3] and min(x.shape[1:3]) >= 16 else "matmul"
 
 
 class RMSNorm(nnx.Module):

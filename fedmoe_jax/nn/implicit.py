@@ -1,0 +1,169 @@
+"""A 3 x 3 convolution as a product with patches that are never written down (implicit GEMM [1]): kernels for NVIDIA GPUs.
+
+Where each client has a kernel of its own, a library has a small convolution for each client, and all patches are nine times the images.
+Here a program reads a tile of patches straight from the images, multiplies it, and goes on to the next.
+
+References:
+  [1] Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", arXiv 1410.0759, 2014.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas
+from jaxtyping import Array, Float
+
+from fedmoe_jax import gpu
+from fedmoe_jax.nn import convolution
+
+_ROWS, _WIDTH, _WIDTH_SUMMED, _FEATURES = 128, 32, 64, 64  # of a tile, at most
+_SUMMED = 32  # rows that are read at a time where all are added up
+_SUMS = 1 << 13  # numbers of such a sum in a program
+_PIECES, _PIECE = 31, 512  # programs that share all rows, at most, and rows of each, at least
+
+
+@jax.custom_vjp
+def convolve(x: Float[Array, "example height width in"], kernel: Float[Array, "3 3 in out"]) -> Float[Array, "example height width out"]:
+    """As `convolution.convolve` without a stride, which it is where kernels of our own do not run."""
+    return _run(multiplied, convolution.convolved, x, kernel)
+
+
+def _forward(x, kernel):
+    return convolve(x, kernel), (x, kernel)
+
+
+def _backward(saved, gradient):
+    x, kernel = saved
+    of_x = _run(of_images, convolution.of_images, gradient, kernel)
+    return of_x, _run(correlated, convolution.of_kernel, x, gradient).astype(kernel.dtype)
+
+
+convolve.defvjp(_forward, _backward)
+
+
+def _run(kernel, otherwise, x, other):
+    """Kernels count in 32 bits, and multiply no doubles."""
+    fits = max(x.size, other.size) < 2**30 and x.dtype.itemsize <= 4
+    return gpu.run(kernel, otherwise, x, other) if fits else otherwise(x, other)
+
+
+class _Patches(NamedTuple):
+    """The matrix [position, column] of what each position of images [example, height, width, channel] reads of them.
+
+    Its columns are (row, column, channel) of a kernel.
+    """
+
+    examples: int
+    height: int
+    width: int
+    channels: int
+
+    @property
+    def rows(self) -> int:
+        return self.examples * self.height * self.width
+
+    @property
+    def columns(self) -> int:
+        return 9 * self.channels
+
+    def read(self, images: Any, row: Array, column: Array) -> Array:
+        """The entries at row [r, 1] and column [1, c]; zero outside of images and of the matrix."""
+        tap, channel = lax.div(column, self.channels), lax.rem(column, self.channels)
+        y = lax.rem(lax.div(row, self.width), self.height) + lax.div(tap, 3) - 1
+        x = lax.rem(row, self.width) + lax.rem(tap, 3) - 1
+        there = (y >= 0) & (y < self.height) & (x >= 0) & (x < self.width) & (row < self.rows) & (column < self.columns)
+        example = lax.div(row, self.height * self.width)
+        return _load(images, ((example * self.height + y) * self.width + x) * self.channels + channel, there)
+
+
+def multiplied(
+    x: Float[Array, "example height width in"], kernel: Float[Array, "3 3 in out"], *, interpret: bool = False
+) -> Float[Array, "example height width out"]:
+    """x convolved with the kernel, accumulated in float32, in the dtype of x. `interpret` runs it anywhere, slowly."""
+    patches, features = _Patches(*x.shape), kernel.shape[3]
+    width, tile = _tile(patches.columns, _WIDTH), _tile(features, _FEATURES)
+
+    def program(images, matrix, out):
+        row, feature = _range(pallas.program_id(0) * _ROWS, _ROWS, 0), _range(pallas.program_id(1) * tile, tile, 1)
+        total = jnp.zeros((_ROWS, tile))
+        for first in range(0, patches.columns, width):
+            column = _range(first, width, 0)
+            factor = _load(matrix, column * features + feature, (column < patches.columns) & (feature < features))
+            total += _dot(patches.read(images, row, _range(first, width, 1)), factor, 1)
+        _store(out, row * features + feature, (row < patches.rows) & (feature < features), total)
+
+    out = jax.ShapeDtypeStruct((patches.rows * features,), x.dtype)
+    grid = pallas.cdiv(patches.rows, _ROWS), pallas.cdiv(features, tile)
+    call = gpu.call(program, out, warps=4, interpret=interpret, grid=grid)
+    return call(x.ravel(), kernel.astype(x.dtype).ravel()).reshape(*x.shape[:3], features)
+
+
+def of_images(
+    gradient: Float[Array, "example height width out"], kernel: Float[Array, "3 3 in out"], *, interpret: bool = False
+) -> Float[Array, "example height width in"]:
+    """Gradient of x of `multiplied`."""
+    return multiplied(gradient, kernel[::-1, ::-1].swapaxes(2, 3), interpret=interpret)
+
+
+def correlated(
+    x: Float[Array, "example height width in"], gradient: Float[Array, "example height width out"], *, interpret: bool = False
+) -> Float[Array, "3 3 in out"]:
+    """Gradient of the kernel of `multiplied`, in float32. `interpret` as there."""
+    patches, features = _Patches(*x.shape), gradient.shape[3]
+    width, tile = _tile(patches.columns, _WIDTH_SUMMED), _tile(features, _FEATURES)
+    blocks = pallas.cdiv(patches.columns, width)
+    each = min(max(_SUMS // (width * tile), 1), blocks)  # blocks of a program
+    length = _SUMMED * pallas.cdiv(max(_PIECE, patches.rows // _PIECES), _SUMMED)
+    pieces = pallas.cdiv(patches.rows, length)
+
+    def program(images, gradient, out):
+        piece, number, side = (pallas.program_id(axis) for axis in range(3))
+        feature = _range(side * tile, tile, 1)
+        firsts = [(number * each + place) * width for place in range(each)]
+
+        def add(step, totals):
+            row = _range(piece * length + step * _SUMMED, _SUMMED, 0)
+            seen = _load(gradient, row * features + feature, (row < patches.rows) & (feature < features))
+            parts = (patches.read(images, row, _range(first, width, 1)) for first in firsts)
+            return tuple(total + _dot(part, seen, 0) for total, part in zip(totals, parts, strict=True))
+
+        totals = lax.fori_loop(0, length // _SUMMED, add, (jnp.zeros((width, tile)),) * each)
+        for total, first in zip(totals, firsts, strict=True):
+            column = _range(first, width, 0)
+            there = (column < patches.columns) & (feature < features)
+            _store(out, (piece * patches.columns + column) * features + feature, there, total)
+
+    out = jax.ShapeDtypeStruct((pieces * patches.columns * features,), jnp.float32)
+    grid = pieces, pallas.cdiv(blocks, each), pallas.cdiv(features, tile)
+    call = gpu.call(program, out, warps=4, interpret=interpret, grid=grid)
+    return call(x.ravel(), gradient.astype(x.dtype).ravel()).reshape(pieces, 3, 3, -1, features).sum(0)
+
+
+def _tile(number: int, most: int) -> int:
+    """A power of two that holds so many, from 16 on, as a product in a kernel wants it."""
+    return min(max(16, 1 << (number - 1).bit_length()), most)
+
+
+def _range(first, number: int, axis: int):
+    """Numbers from `first` on, along that axis of two."""
+    return first + lax.broadcasted_iota(jnp.int32, (number, 1) if axis == 0 else (1, number), axis)
+
+
+def _dot(a, b, axis: int):
+    return lax.dot_general(a, b, (((axis,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _load(ref: Any, index: Array, there: Array) -> Array:
+    from jax.experimental.pallas import triton
+
+    index, there = jnp.broadcast_arrays(index, there)
+    return triton.load(ref.at[index], mask=there, other=0.0)
+
+
+def _store(ref: Any, index: Array, there: Array, value: Array) -> None:
+    from jax.experimental.pallas import triton
+
+    index, there = jnp.broadcast_arrays(index, there)
+    triton.store(ref.at[index], value.astype(ref.dtype), mask=there)
