@@ -11,6 +11,13 @@ from fedmoe_jax.nn import convolution, implicit
 CASES = [(1, 1, 1, 1, 1), (2, 6, 5, 1, 16), (3, 7, 8, 16, 20), (2, 5, 6, 40, 70)]
 
 
+@pytest.fixture(autouse=True)
+def float32():
+    """Else a GPU multiplies in TF32."""
+    with jax.default_matmul_precision("float32"):
+        yield
+
+
 def arrays(examples, height, width, before, after, dtype):
     """Images, a kernel, and a gradient of what comes out."""
     keys = jax.random.split(jax.random.key(0), 3)
@@ -59,6 +66,5 @@ def test_as_a_layer_uses_it_it_is_the_convolution():
         y, pulled = jax.vjp(function, x, kernel)
         return y, *pulled(gradient)
 
-    with jax.default_matmul_precision("float32"):
-        found, want = (jax.jit(lambda function=function: results(function))() for function in (implicit.convolve, convolution.convolve))
+    found, want = (jax.jit(lambda function=function: results(function))() for function in (implicit.convolve, convolution.convolve))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, want)
