@@ -41,7 +41,7 @@ LAYERS = [
     (20, 40, 16, 128, 256, 2),
     (20, 40, 8, 256, 256, 1),
 ]
-METHODS = "matmul", "implicit", "convolution"
+METHODS, STRIDED = ("matmul", "implicit", "convolution"), ("matmul", "convolution")
 SMALL = [(4, 4, 8, 1, 8, 1), (4, 4, 8, 16, 16, 2)]
 
 
@@ -80,12 +80,13 @@ def main():
     about = environment()
     about = dict(device=about["device"], versions=about["versions"], date=datetime.date.today().isoformat())
     pairs = list(itertools.product(SMALL if arguments.small else LAYERS, (jnp.float32, jnp.bfloat16)))
+    tried = {pair: METHODS if pair[0][-1] == 1 else STRIDED for pair in pairs}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        programs = list(pool.map(program, [(*pair, method) for pair in pairs for method in METHODS]))
-    for number, (layer, dtype) in enumerate(pairs):
-        *ours, grouped = (milliseconds(*each, arguments.repeats) for each in programs[number * len(METHODS) :][: len(METHODS)])
+        programs = {pair: [pool.submit(program, (*pair, method)) for method in methods] for pair, methods in tried.items()}
+    for (layer, dtype), methods in tried.items():
+        *ours, grouped = (milliseconds(*each.result(), arguments.repeats) for each in programs[layer, dtype])
         case = f"{'x'.join(map(str, layer))}, {dtype.__name__}"
-        for method, value in zip(METHODS, ours, strict=False):
+        for method, value in zip(methods, ours, strict=False):
             figure = dict(bench="convolutions", case=case, metric=method, value=value, unit="ms", against=f"convolution, {grouped:.3f} ms")
             print(json.dumps(figure | dict(ratio=value / grouped) | about), flush=True)
 
