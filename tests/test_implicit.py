@@ -1,4 +1,4 @@
-"""Tests of convolutions whose patches are not written down: the kernels, run anywhere, against XLA's convolution and its gradients."""
+"""Tests of convolutions whose patches are not written down: the kernels against XLA's convolution and its gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from fedmoe_jax.nn import convolution, implicit
+
+INTERPRET = jax.default_backend() != "gpu"
 
 # examples, height, width, channels in and out: one of each, several tiles of rows, of columns and of features, none of them whole
 CASES = [(1, 1, 1, 1, 1), (2, 6, 5, 1, 16), (3, 7, 8, 16, 20), (2, 5, 6, 40, 70)]
@@ -31,10 +33,10 @@ def test_kernels_are_the_convolution_and_its_gradients(case, dtype):
     x, kernel, gradient = arrays(*case, dtype)
     want, pulled = jax.vjp(lambda x, kernel: convolution.convolved(x, kernel, 1), x, kernel)
     of_x, of_kernel = pulled(gradient)
-    found = implicit.multiplied(x, kernel, interpret=True)
-    found_of_x = implicit.of_images(gradient, kernel, interpret=True)
+    found = implicit.multiplied(x, kernel, interpret=INTERPRET)
+    found_of_x = implicit.of_images(gradient, kernel, interpret=INTERPRET)
     assert found.dtype == found_of_x.dtype == dtype
-    found_of_kernel = implicit.correlated(x, gradient, interpret=True)
+    found_of_kernel = implicit.correlated(x, gradient, interpret=INTERPRET)
     assert found_of_kernel.dtype == jnp.float32
     for a, b in ((found, want), (found_of_x, of_x), (found_of_kernel, of_kernel)):
         assert a.shape == b.shape
@@ -45,17 +47,17 @@ def test_kernels_are_the_convolution_and_its_gradients(case, dtype):
 def test_each_client_has_its_kernel():
     clients = [arrays(2, 4, 5, 3, 6, jnp.float32)[:2] for _ in range(2)]
     x, kernels = (jnp.stack([client[place] * (number + 1) for number, client in enumerate(clients)]) for place in (0, 1))
-    found = jax.vmap(lambda x, kernel: implicit.multiplied(x, kernel, interpret=True))(x, kernels)
+    found = jax.vmap(lambda x, kernel: implicit.multiplied(x, kernel, interpret=INTERPRET))(x, kernels)
     want = np.stack([convolution.convolved(*client) for client in clients]) * np.array([1, 4]).reshape(2, 1, 1, 1, 1)
     np.testing.assert_allclose(found, want, atol=1e-4)
 
 
 def test_long_sums_are_made_in_pieces(monkeypatch):
     x, _, gradient = arrays(3, 9, 8, 2, 4, jnp.float32)
-    want = implicit.correlated(x, gradient, interpret=True)
+    want = implicit.correlated(x, gradient, interpret=INTERPRET)
     monkeypatch.setattr(implicit, "_PIECE", 32)
     monkeypatch.setattr(implicit, "_SUMS", 1)
-    np.testing.assert_allclose(implicit.correlated(x, gradient, interpret=True), want, atol=1e-4)
+    np.testing.assert_allclose(implicit.correlated(x, gradient, interpret=INTERPRET), want, atol=1e-4)
 
 
 def test_as_a_layer_uses_it_it_is_the_convolution():
