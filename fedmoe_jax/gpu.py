@@ -1,5 +1,7 @@
-"""Kernels of our own on NVIDIA GPUs, for chains of small steps each of which would be a kernel or wait for the host, and for factors
-of a product that would be written down to be read once.
+"""Kernels of our own on NVIDIA GPUs.
+
+For chains of small steps, each of which would be a kernel or wait for the host, and for factors of a product that would be written
+down to be read once. In a `shard_map` of one's own they need `check_vma=False`.
 
 They are Pallas' for Triton, which JAX means to give up: where it has gone, or will not run, all is done without.
 """

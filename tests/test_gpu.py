@@ -51,6 +51,12 @@ def test_kernels_are_only_in_what_is_compiled_for_a_gpu(name, monkeypatch):
         assert "xla.gpu.triton" in with_kernel.lower(lowering_platforms=("cuda",)).as_text()
 
 
+def test_a_convolution_and_its_gradients_are_three_kernels(monkeypatch):
+    monkeypatch.setattr(gpu, "has_kernels", lambda: True)
+    program = str(jax.make_jaxpr(jax.grad(lambda x: convolved(x).sum()))(jnp.arange(9.0)))
+    assert program.count("pallas_call[") == 3
+
+
 def test_without_kernels_or_with_a_device_that_is_set_all_is_done_as_elsewhere(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="9.0")])
     with jax.default_device(jax.local_devices()[0]):

@@ -202,10 +202,11 @@ def test_what_positions_read_is_the_same_by_a_table(stride, size, monkeypatch):
 
 
 def test_conv_takes_what_is_the_quickest(monkeypatch):
-    def method(size, out, stride=1, dtype=jnp.bfloat16):
-        conv = Conv(4, out, stride=stride, dtype=dtype, rngs=nnx.Rngs(0))
-        x = jnp.ones((1, size, size, 4))
-        np.testing.assert_allclose(conv(x), Conv(4, out, stride=stride, dtype=dtype, method="matmul", rngs=nnx.Rngs(0))(x), atol=0.05)
+    def method(size, out, stride=1, dtype=jnp.bfloat16, before=4):
+        conv = Conv(before, out, stride=stride, dtype=dtype, rngs=nnx.Rngs(0))
+        x = jnp.ones((1, size, size, before))
+        same = Conv(before, out, stride=stride, dtype=dtype, method="matmul", rngs=nnx.Rngs(0))
+        np.testing.assert_allclose(conv(x), same(x), atol=0.05)
         program = str(jax.make_jaxpr(lambda x: conv(x))(x))
         kernel = "pallas_call" in program
         return "implicit" if kernel else "convolution" if "conv_general_dilated" in program else "matmul"
@@ -216,7 +217,9 @@ def test_conv_takes_what_is_the_quickest(monkeypatch):
     assert {method(15, 4), method(16, 8), method(16, 4, stride=2)} == {"matmul"}
     monkeypatch.setattr(gpu, "has_kernels", lambda: True)
     assert {method(15, 4), method(16, 32, dtype=jnp.float32), method(16, 64)} == {"implicit"}
-    assert {method(16, 33, dtype=jnp.float32), method(16, 65), method(16, 4, stride=2)} == {"matmul"}
+    assert {method(16, 33, dtype=jnp.float32), method(16, 65), method(16, 4, before=65), method(16, 4, stride=2)} == {"matmul"}
+    with jax.enable_x64(True):
+        assert method(16, 4, dtype=jnp.float64) == "convolution"
     with portable():
         assert method(16, 4) == "matmul"
 

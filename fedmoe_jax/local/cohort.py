@@ -126,7 +126,7 @@ class Trainer(NamedTuple):
         keys = client_keys(key, cohort.client)
         rows = (keys, cohort.client, cohort.client, cohort.present, alignment.held, alignment.probed, prior)
         rows = jax.tree.map(lambda row: _chunked(row[order], chunks, chunk), rows)
-        rows = jax.lax.optimization_barrier(rows)  # this one and the one below: else XLA has sums over examples in one block of a GPU
+        rows = jax.lax.optimization_barrier(rows)  # else XLA puts sums over examples into those over clients, one block of a GPU
         kept, private = (state.controls, posterior.decayed(state.statistics), state.residuals), state.private
         room: tuple[Any, ...] = () if private is None else (private.norm,)
         noise = None if private is None else jax.random.fold_in(private.key, state.round)
@@ -135,7 +135,7 @@ class Trainer(NamedTuple):
         scan = functools.partial(self.scan, key=noise) if self.mesh is None else functools.partial(spread.train, self)
         delta, kept, out = scan(state, population, rows, kept, room, uses)
         out = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:size], out)
-        out = jax.lax.optimization_barrier(out)
+        out = jax.lax.optimization_barrier(out)  # for the same reason
         feedback, routers, loss, rejected, masses = out if back is None else jax.tree.map(lambda a: a[back], out)
         feedback = Feedback(*feedback)
         examples = feedback.examples

@@ -24,7 +24,9 @@ def convolve(
     return convolved(x, kernel, stride)
 
 
-def convolved(x: Float[Array, "..."], kernel: Float[Array, "3 3 in out"], stride: int = 1) -> Float[Array, "..."]:
+def convolved(
+    x: Float[Array, "example height width in"], kernel: Float[Array, "3 3 in out"], stride: int = 1
+) -> Float[Array, "example new_height new_width out"]:
     """As `convolve`, but that its gradients are XLA's."""
     return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), (stride, stride), ((1, 1), (1, 1)), dimension_numbers=_LAYOUT)
 
@@ -35,19 +37,14 @@ def _forward(x, kernel, stride):
 
 def _backward(stride, saved, gradient):
     x, kernel = saved
-    return of_images(gradient, kernel, x.shape[1:3], stride), of_kernel(x, gradient, stride).astype(kernel.dtype)
+    (of_x,) = jax.vjp(lambda x: convolved(x, kernel, stride), x)[1](gradient)
+    return of_x, of_kernel(x, gradient, stride).astype(kernel.dtype)
 
 
-def of_images(
-    gradient: Float[Array, "..."], kernel: Float[Array, "3 3 in out"], size: tuple[int, ...] | None = None, stride: int = 1
-) -> Float[Array, "example height width in"]:
-    """Gradient of images of that size, by default that of the gradient."""
-    x = jax.ShapeDtypeStruct((gradient.shape[0], *(size or gradient.shape[1:3]), kernel.shape[2]), gradient.dtype)
-    return jax.linear_transpose(lambda x: convolved(x, kernel, stride), x)(gradient)[0]
-
-
-def of_kernel(x: Float[Array, "..."], gradient: Float[Array, "..."], stride: int = 1) -> Float[Array, "3 3 in out"]:
-    """Gradient of the kernel, in float32."""
+def of_kernel(
+    x: Float[Array, "example height width in"], gradient: Float[Array, "example new_height new_width out"], stride: int = 1
+) -> Float[Array, "3 3 in out"]:
+    """Gradient of the kernel, in float32, or double."""
     return _of_kernel(x, gradient) if stride == 1 else _of_strided_kernel(x, gradient, stride)
 
 
@@ -58,12 +55,12 @@ def _of_kernel(x, gradient):
     columns = jnp.concatenate([columns[:, :, shift : shift + width] for shift in range(3)], -1)
     rows = jnp.pad(gradient, ((0, 0), (1, 1), (0, 0), (0, 0)))
     rows = jnp.concatenate([rows[:, 2 - shift : 2 - shift + height] for shift in range(3)], -1)
-    product = jnp.einsum("nhwi,nhwo->io", columns, rows, preferred_element_type=jnp.float32)
+    product = jnp.einsum("nhwi,nhwo->io", columns, rows, preferred_element_type=jnp.promote_types(jnp.float32, x.dtype))
     return product.reshape(3, x.shape[-1], 3, gradient.shape[-1]).transpose(2, 0, 1, 3)
 
 
 def _of_strided_kernel(x, gradient, stride):
-    product = jnp.einsum("nhwi,nhwo->io", patches(x, stride), gradient, preferred_element_type=jnp.float32)
+    product = jnp.einsum("nhwi,nhwo->io", patches(x, stride), gradient, preferred_element_type=jnp.promote_types(jnp.float32, x.dtype))
     return product.reshape(3, 3, x.shape[-1], gradient.shape[-1])
 
 

@@ -7,6 +7,7 @@ References:
   [1] Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", arXiv 1410.0759, 2014.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -30,22 +31,32 @@ def convolve(x: Float[Array, "example height width in"], kernel: Float[Array, "3
     return _run(multiplied, convolution.convolved, x, kernel)
 
 
-def _forward(x, kernel):
-    return convolve(x, kernel), (x, kernel)
+@jax.custom_vjp
+def _correlate(x, gradient):
+    """Gradient of the kernel, in float32."""
+    return _run(correlated, convolution.of_kernel, x, gradient)
 
 
-def _backward(saved, gradient):
-    x, kernel = saved
-    of_x = _run(of_images, convolution.of_images, gradient, kernel)
-    return of_x, _run(correlated, convolution.of_kernel, x, gradient).astype(kernel.dtype)
+def _turned(kernel):
+    """The kernel of the gradient of x."""
+    return kernel[::-1, ::-1].swapaxes(2, 3)
 
 
-convolve.defvjp(_forward, _backward)
+convolve.defvjp(
+    lambda x, kernel: (convolve(x, kernel), (x, kernel)),
+    lambda saved, g: (convolve(g, _turned(saved[1])), _correlate(saved[0], g).astype(saved[1].dtype)),
+)
+_correlate.defvjp(
+    lambda x, gradient: (_correlate(x, gradient), (x, gradient)),
+    lambda saved, g: (convolve(saved[1], _turned(g)).astype(saved[0].dtype), convolve(saved[0], g).astype(saved[1].dtype)),
+)
 
 
 def _run(kernel, otherwise, x, other):
-    """Kernels count in 32 bits, and multiply no doubles."""
-    fits = max(x.size, other.size) < 2**30 and x.dtype.itemsize <= 4
+    """Kernels count in 32 bits, multiply no doubles, and want something to multiply."""
+    positions, channels, features = math.prod(x.shape[:3]), x.shape[3], other.shape[3]
+    most = max(positions * max(channels, features), _PIECES * 9 * channels * features)
+    fits = min(x.size, other.size) > 0 and most < 2**30 and x.dtype.itemsize <= 4
     return gpu.run(kernel, otherwise, x, other) if fits else otherwise(x, other)
 
 
@@ -70,11 +81,12 @@ class _Patches(NamedTuple):
 
     def read(self, images: Any, row: Array, column: Array) -> Array:
         """The entries at row [r, 1] and column [1, c]; zero outside of images and of the matrix."""
-        tap, channel = lax.div(column, self.channels), lax.rem(column, self.channels)
-        y = lax.rem(lax.div(row, self.width), self.height) + lax.div(tap, 3) - 1
-        x = lax.rem(row, self.width) + lax.rem(tap, 3) - 1
+        tap, channel = _divided(column, self.channels)
+        down, right = _divided(tap, 3)
+        line, x = _divided(row, self.width)
+        example, y = _divided(line, self.height)
+        y, x = y + down - 1, x + right - 1
         there = (y >= 0) & (y < self.height) & (x >= 0) & (x < self.width) & (row < self.rows) & (column < self.columns)
-        example = lax.div(row, self.height * self.width)
         return _load(images, ((example * self.height + y) * self.width + x) * self.channels + channel, there)
 
 
@@ -87,7 +99,7 @@ def multiplied(
 
     def program(images, matrix, out):
         row, feature = _range(pallas.program_id(0) * _ROWS, _ROWS, 0), _range(pallas.program_id(1) * tile, tile, 1)
-        total = jnp.zeros((_ROWS, tile))
+        total = jnp.zeros((_ROWS, tile), jnp.float32)
         for first in range(0, patches.columns, width):
             column = _range(first, width, 0)
             factor = _load(matrix, column * features + feature, (column < patches.columns) & (feature < features))
@@ -100,22 +112,15 @@ def multiplied(
     return call(x.ravel(), kernel.astype(x.dtype).ravel()).reshape(*x.shape[:3], features)
 
 
-def of_images(
-    gradient: Float[Array, "example height width out"], kernel: Float[Array, "3 3 in out"], *, interpret: bool = False
-) -> Float[Array, "example height width in"]:
-    """Gradient of x of `multiplied`."""
-    return multiplied(gradient, kernel[::-1, ::-1].swapaxes(2, 3), interpret=interpret)
-
-
 def correlated(
     x: Float[Array, "example height width in"], gradient: Float[Array, "example height width out"], *, interpret: bool = False
 ) -> Float[Array, "3 3 in out"]:
-    """Gradient of the kernel of `multiplied`, in float32. `interpret` as there."""
+    """Gradient of the kernel of `multiplied`, in float32, summed in pieces. `interpret` as there."""
     patches, features = _Patches(*x.shape), gradient.shape[3]
     width, tile = _tile(patches.columns, _WIDTH_SUMMED), _tile(features, _FEATURES)
     blocks = pallas.cdiv(patches.columns, width)
     each = min(max(_SUMS // (width * tile), 1), blocks)  # blocks of a program
-    length = _SUMMED * pallas.cdiv(max(_PIECE, patches.rows // _PIECES), _SUMMED)
+    length = _SUMMED * pallas.cdiv(max(_PIECE, pallas.cdiv(patches.rows, _PIECES)), _SUMMED)
     pieces = pallas.cdiv(patches.rows, length)
 
     def program(images, gradient, out):
@@ -129,7 +134,7 @@ def correlated(
             parts = (patches.read(images, row, _range(first, width, 1)) for first in firsts)
             return tuple(total + _dot(part, seen, 0) for total, part in zip(totals, parts, strict=True))
 
-        totals = lax.fori_loop(0, length // _SUMMED, add, (jnp.zeros((width, tile)),) * each)
+        totals = lax.fori_loop(jnp.int32(0), jnp.int32(length // _SUMMED), add, (jnp.zeros((width, tile), jnp.float32),) * each)
         for total, first in zip(totals, firsts, strict=True):
             column = _range(first, width, 0)
             there = (column < patches.columns) & (feature < features)
@@ -138,7 +143,7 @@ def correlated(
     out = jax.ShapeDtypeStruct((pieces * patches.columns * features,), jnp.float32)
     grid = pieces, pallas.cdiv(blocks, each), pallas.cdiv(features, tile)
     call = gpu.call(program, out, warps=4, interpret=interpret, grid=grid)
-    return call(x.ravel(), gradient.astype(x.dtype).ravel()).reshape(pieces, 3, 3, -1, features).sum(0)
+    return call(x.ravel(), gradient.astype(x.dtype).ravel()).reshape(pieces, 3, 3, patches.channels, features).sum(0)
 
 
 def _tile(number: int, most: int) -> int:
@@ -149,6 +154,11 @@ def _tile(number: int, most: int) -> int:
 def _range(first, number: int, axis: int):
     """Numbers from `first` on, along that axis of two."""
     return first + lax.broadcasted_iota(jnp.int32, (number, 1) if axis == 0 else (1, number), axis)
+
+
+def _divided(number, by: int):
+    """Quotient and remainder of what is not negative."""
+    return lax.div(number, jnp.int32(by)), lax.rem(number, jnp.int32(by))
 
 
 def _dot(a, b, axis: int):

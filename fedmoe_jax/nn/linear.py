@@ -52,17 +52,18 @@ class Linear(nnx.Module):
 class Conv(nnx.Module):
     """3 x 3 convolution with zero padding and without bias. Kernel [9 * in, out], rows ordered (row, column, channel).
 
-    Clients have kernels of their own, and a convolution with a kernel for each client runs as a grouped convolution, which
-    is quicker than a batched matmul for some layers only (`benchmarks/convolutions.py`).
+    Clients have kernels of their own. A convolution with a kernel for each client runs as a grouped convolution, or as a batched
+    product of patches, which are written down or not; each is the quickest for some layers (`benchmarks/convolutions.py`).
 
     Args:
       in_features, out_features: channels.
       stride: between positions of the output.
       method: "matmul", the nine shifts of the image times one matrix, which is all that the dual engine takes; "implicit", the same
         without writing the shifts down (`implicit.convolve`), in kernels of our own on NVIDIA GPUs, elsewhere as the next one;
-        "convolution", XLA's, but for the gradient of the kernel (`convolution.convolve`); or "auto", what was the quickest on an H200:
-        on a GPU and without stride "implicit" up to 32 channels (64 in bfloat16) where kernels run, else "convolution" with as many
-        channels out as in and on images of 16 x 16 or more. On a GPU gradients exist in reverse mode only, whichever it is.
+        "convolution", XLA's, but for the gradient of the kernel (`convolution.convolve`); or "auto", what was the quickest for most
+        layers of clients on an H200: on a GPU and without stride "implicit" up to 32 channels in float32 and 64 in 16 bits where
+        kernels run, else "convolution" with as many channels out as in and on images of 16 x 16 or more. Gradients exist in reverse
+        mode only, but for "matmul" elsewhere than on a GPU.
       dtype: what it computes in, by default that of x.
 
     Raises:
@@ -100,7 +101,8 @@ class Conv(nnx.Module):
     def _quickest(self, x):
         if not on_gpu() or self.stride > 1:
             return "matmul"
-        if gpu.has_kernels() and max(self.shape[2:]) * jnp.dtype(self.linear.dtype or x.dtype).itemsize <= _FEW:
+        size = jnp.dtype(self.linear.dtype or x.dtype).itemsize
+        if gpu.has_kernels() and size <= 4 and max(self.shape[2:]) * size <= _FEW:
             return "implicit"
         return "convolution" if self.shape[2] == self.shape[3] and min(x.shape[1:3]) >= 16 else "matmul"
 
