@@ -1,5 +1,6 @@
 """Keyed permutations, evaluated only where they are asked: who is in the cohort, which examples are in a batch."""
 
+import functools
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ def permutation(key: Key[Array, ""], position: Int[Array, "*shape"], size: Int[A
     return gpu.run(walked_in_a_kernel, walked, *given).astype(jnp.int32)
 
 
+@functools.partial(jax.jit, inline=True)  # else outside of jit each call would compile its loop
 def walked(value: UInt[Array, "*shape"], size: UInt[Array, ""], half: UInt[Array, ""], round_keys: Any) -> UInt[Array, "*shape"]:
     """Where `permutation` sends each value: enciphered until it is below `size`."""
 
