@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas
+from jaxtyping import Array
 
 
 def run(kernel: Callable[..., Any], otherwise: Callable[..., Any], *args: Any) -> Any:
@@ -40,3 +42,19 @@ def call(kernel: Callable[..., None], out_shape: Any, *, warps: int, interpret: 
 
     parameters = triton.CompilerParams(num_warps=warps, num_stages=1)
     return pallas.pallas_call(kernel, out_shape=out_shape, compiler_params=parameters, interpret=interpret, **options)
+
+
+def load(ref: Any, index: Array, there: Array) -> Array:
+    """Numbers of a flat array of a kernel at places of any shape, zero where not `there`."""
+    from jax.experimental.pallas import triton
+
+    index, there = jnp.broadcast_arrays(index, there)
+    return triton.load(ref.at[index], mask=there, other=0.0)
+
+
+def store(ref: Any, index: Array, there: Array, value: Array) -> None:
+    """Writes numbers to these places, in the dtype of the array, but where not `there`."""
+    from jax.experimental.pallas import triton
+
+    index, there = jnp.broadcast_arrays(index, there)
+    triton.store(ref.at[index], value.astype(ref.dtype), mask=there)

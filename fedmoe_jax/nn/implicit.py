@@ -87,7 +87,7 @@ class _Patches(NamedTuple):
         example, y = _divided(line, self.height)
         y, x = y + down - 1, x + right - 1
         there = (y >= 0) & (y < self.height) & (x >= 0) & (x < self.width) & (row < self.rows) & (column < self.columns)
-        return _load(images, ((example * self.height + y) * self.width + x) * self.channels + channel, there)
+        return gpu.load(images, ((example * self.height + y) * self.width + x) * self.channels + channel, there)
 
 
 def multiplied(
@@ -102,9 +102,9 @@ def multiplied(
         total = jnp.zeros((_ROWS, tile), jnp.float32)
         for first in range(0, patches.columns, width):
             column = _range(first, width, 0)
-            factor = _load(matrix, column * features + feature, (column < patches.columns) & (feature < features))
+            factor = gpu.load(matrix, column * features + feature, (column < patches.columns) & (feature < features))
             total += _dot(patches.read(images, row, _range(first, width, 1)), factor, 1)
-        _store(out, row * features + feature, (row < patches.rows) & (feature < features), total)
+        gpu.store(out, row * features + feature, (row < patches.rows) & (feature < features), total)
 
     out = jax.ShapeDtypeStruct((patches.rows * features,), x.dtype)
     grid = pallas.cdiv(patches.rows, _ROWS), pallas.cdiv(features, tile)
@@ -130,7 +130,7 @@ def correlated(
 
         def add(step, totals):
             row = _range(piece * length + step * _SUMMED, _SUMMED, 0)
-            seen = _load(gradient, row * features + feature, (row < patches.rows) & (feature < features))
+            seen = gpu.load(gradient, row * features + feature, (row < patches.rows) & (feature < features))
             parts = (patches.read(images, row, _range(first, width, 1)) for first in firsts)
             return tuple(total + _dot(part, seen, 0) for total, part in zip(totals, parts, strict=True))
 
@@ -138,7 +138,7 @@ def correlated(
         for total, first in zip(totals, firsts, strict=True):
             column = _range(first, width, 0)
             there = (column < patches.columns) & (feature < features)
-            _store(out, (piece * patches.columns + column) * features + feature, there, total)
+            gpu.store(out, (piece * patches.columns + column) * features + feature, there, total)
 
     out = jax.ShapeDtypeStruct((pieces * patches.columns * features,), jnp.float32)
     grid = pieces, pallas.cdiv(blocks, each), pallas.cdiv(features, tile)
@@ -163,17 +163,3 @@ def _divided(number, by: int):
 
 def _dot(a, b, axis: int):
     return lax.dot_general(a, b, (((axis,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _load(ref: Any, index: Array, there: Array) -> Array:
-    from jax.experimental.pallas import triton
-
-    index, there = jnp.broadcast_arrays(index, there)
-    return triton.load(ref.at[index], mask=there, other=0.0)
-
-
-def _store(ref: Any, index: Array, there: Array, value: Array) -> None:
-    from jax.experimental.pallas import triton
-
-    index, there = jnp.broadcast_arrays(index, there)
-    triton.store(ref.at[index], value.astype(ref.dtype), mask=there)
