@@ -18,6 +18,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax.base import pytree
+from fedmoe_jax.corrected import Part, Tiles, corrected
 
 T = TypeVar("T")
 
@@ -96,31 +97,46 @@ def _worst_of_all(axis_size, in_batched, option):
     return _worst(option.max()), False
 
 
-@custom_vmap
 def matmul(
-    x: Float[Array, "group row feature"], base: Float[Array, "expert feature hidden"], index: Int[Array, " group"]
+    x: Float[Array, "group row feature"],
+    base: Float[Array, "expert feature hidden"],
+    index: Int[Array, " group"],
+    scale: Float[Array, ""] | float = 1.0,
+    parts: Sequence[Part] = (),
 ) -> Float[Array, "group row hidden"]:
-    """x[g] @ base[index[g]], anything where that is no expert. Not differentiable: see `kernels.DualKernel`."""
-    return _matmul(x, base, index)
+    """scale * x[g] @ base[index[g]], 0 where that is no expert, and the sum of all parts. Not differentiable: see `kernels.DualKernel`."""
+    return _of_groups(x, base, index, jnp.broadcast_to(jnp.asarray(scale, jnp.float32), index.shape), tuple(parts))
 
 
-@matmul.def_vmap
-def _matmul_of_all(axis_size, in_batched, x, base, index):
-    batched_x, batched_base, batched_index = in_batched
-    if batched_base:  # several models
-        return jax.vmap(_matmul, tuple(0 if batched else None for batched in in_batched))(x, base, index), True
-    x = x if batched_x else jnp.broadcast_to(x, (axis_size, *x.shape))
-    index = index if batched_index else jnp.broadcast_to(index, (axis_size, *index.shape))
-    y = matmul(x.reshape(-1, *x.shape[2:]), base, index.reshape(-1))
+@custom_vmap
+def _of_groups(x, base, index, scale, parts):
+    return _matmul(x, base, index, scale, parts)
+
+
+@_of_groups.def_vmap
+def _of_all_groups(axis_size, in_batched, *args):
+    axes = [jax.tree.map(lambda batched: 0 if batched else None, batched) for batched in in_batched]
+    if in_batched[1]:  # several models
+        return jax.vmap(_matmul, axes)(*args), True
+
+    def together(leaf, batched):
+        leaf = leaf if batched else jnp.broadcast_to(leaf, (axis_size, *leaf.shape))
+        return leaf.reshape(-1, *leaf.shape[2:])
+
+    x, base, *others = args
+    x, others = jax.tree.map(together, (x, others), (in_batched[0], list(in_batched[2:])))
+    y = _of_groups(x, base, *others)
     return y.reshape(axis_size, -1, *y.shape[1:]), True
 
 
-def _matmul(x, base, index):
+def _matmul(x, base, index, scale, parts):
     num_experts, (num_groups, rows) = base.shape[0], x.shape[:2]
-    if num_experts == 1:
-        return x @ base[0]
-    if num_groups <= num_experts:
-        return x @ base[index]
+
+    def added(product, place):
+        return corrected(Tiles(product, place, index < num_experts), scale, parts)
+
+    if num_experts == 1 or num_groups <= num_experts:
+        return added(x @ (base[0] if num_experts == 1 else base[index]), jnp.arange(num_groups))
 
     def laid(groups):
         return x[groups].reshape(groups.shape[0], -1, x.shape[-1])
@@ -129,8 +145,7 @@ def _matmul(x, base, index):
         y = laid(layout.group[:num_experts]) @ base
         if layout.owner.size:
             y = jnp.concatenate([y, laid(layout.group[num_experts:]) @ base[layout.owner]])
-        y = y.reshape(-1, rows, y.shape[-1])[layout.place]
-        return jnp.where((index < num_experts)[:, None, None], y, 0)
+        return added(y.reshape(-1, rows, y.shape[-1]), layout.place)
 
     return laid_out(index, num_experts, product)
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax import grouped
 from fedmoe_jax.base import pytree
+from fedmoe_jax.corrected import Part
 from fedmoe_jax.probe import Probe
 
 _PIECES = 31  # of a long sum, at most: so many XLA adds up in one pass of a GPU
@@ -244,10 +245,8 @@ def _product(x, kernel: DualKernel, expert) -> Float[Array, "group row hidden"]:
 @jax.custom_vjp
 def _dual(x, base, index, scale, history, slot, tap):
     """scale x W + ((x X^T) * weight) G: the product with the kernel, without forming it."""
-    y = (scale * _times(x, base, index)).astype(tap[1].dtype)
-    for rows in history:
-        y = y + _correction(x, rows.inputs, rows.gradients, rows, slot)
-    return y
+    parts = [_part(x, rows.inputs, rows.gradients, rows, slot) for rows in history]
+    return _sum_of_parts(x, base, index, scale, parts).astype(tap[1].dtype)
 
 
 def _forward(x, base, index, scale, history, slot, tap):
@@ -258,9 +257,8 @@ def _backward(kept, g):
     x, base, index, scale, history, slot = kept
     if _is_places(x):
         return None, None, None, None, None, None, (x.astype(jnp.float32), g)
-    back = (scale * _times(g, jnp.swapaxes(base, -1, -2), index)).astype(g.dtype)
-    for rows in history:
-        back = back + _correction(g, rows.gradients, rows.inputs, rows, slot)
+    parts = [_part(g, rows.gradients, rows.inputs, rows, slot) for rows in history]
+    back = _sum_of_parts(g, jnp.swapaxes(base, -1, -2), index, scale, parts)
     return back, None, None, None, None, None, (x, g) if slot is None else (x, g, slot.astype(jnp.float32))
 
 
@@ -294,15 +292,25 @@ def _times(x, base, index):
     return x @ base if index is None else grouped.matmul(x, base, index)
 
 
-def _correction(x, into, out, rows: History, slot) -> Float[Array, "group row width"]:
+def _sum_of_parts(x, base, index, scale, parts: list[Part]) -> Float[Array, "group row width"]:
+    """scale x W and the parts: those of groups' own rows in one pass with it, those of tiles of all groups' rows after it."""
+    if index is not None and not _is_places(x) and all(part.mix.shape[0] == x.shape[0] for part in parts):
+        return grouped.matmul(x, base.astype(x.dtype), index, scale, parts)
+    product = _times(x, base, index)
+    y = (scale * product).astype(product.dtype)
+    for part in parts:
+        y = y + jnp.einsum("lrn,lnh->lrh", part.mix, part.values).reshape(y.shape)
+    return y
+
+
+def _part(x, into, out, rows: History, slot) -> Part:
     """What these rows add to x W, or with `into` and `out` exchanged to x W^T."""
     gram = _gram(x.reshape(into.shape[0], -1, *into.shape[2:]), into)
     gram = (gram * rows.weight).astype(out.dtype)
     if rows.slot is not None:
         own, theirs = jnp.repeat(slot, x.shape[1]), jnp.repeat(rows.slot, into.shape[1] // rows.slot.shape[0])
         gram = jnp.where(own[:, None] == theirs, gram, 0)
-    y = jnp.einsum("lrn,lnh->lrh", gram, out)
-    return y.reshape(*x.shape[:2], y.shape[-1])
+    return Part(gram, out)
 
 
 def _gram(x, other) -> Float[Array, "lane row other_row"]:

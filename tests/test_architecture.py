@@ -16,6 +16,7 @@ FOUNDATION = {
     "mass",
     "kernels",
     "conditional",
+    "corrected",
     "probe",
     "packed",
     "gpu",

@@ -10,6 +10,7 @@ import pytest
 
 from fedmoe_jax import gpu, sampling
 from fedmoe_jax.alignment import elimination
+from fedmoe_jax.corrected import Part, Tiles, corrected
 from fedmoe_jax.nn import implicit
 
 
@@ -33,6 +34,9 @@ FUNCTIONS = {
     "equations": lambda x: elimination.solve(jnp.eye(9), 1.0 * x),
     "a convolution": lambda x: convolved(1.0 * x).sum(),
     "gradients of a convolution": lambda x: jax.grad(lambda x: convolved(x).sum())(1.0 * x),
+    "a corrected product": lambda x: corrected(
+        Tiles(jnp.ones((4, 16, 128)) * x[1], x[2:5] % 4, x[2:5] > 2), jnp.ones(3), [Part(jnp.ones((3, 16, 32)), jnp.ones((3, 32, 128)))]
+    ),
     "64 equations": lambda x: elimination.solve(jnp.eye(64) * x[1], jnp.ones(64)),
 }
 

@@ -22,6 +22,10 @@ def index_of(counts, seed=0):
     return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int32)
 
 
+def matmul(*args):
+    return grouped.matmul(*map(jnp.asarray, args))
+
+
 def draw(*shape, seed):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
@@ -54,7 +58,7 @@ def sums(x, y, weight, index, dtype=jnp.float32):
 def test_products_and_sums_are_those_of_numpy(spread, chosen):
     index, x, y = index_of(SPREADS[spread]), draw(GROUPS, ROWS, FEATURES, seed=1), draw(GROUPS, ROWS, HIDDEN, seed=2)
     base, weight = draw(EXPERTS, FEATURES, HIDDEN, seed=3), draw(GROUPS, ROWS, seed=4)
-    found = jax.jit(lambda *args: grouped.matmul(*args))(x, base, index)
+    found = jax.jit(lambda *args: matmul(*args))(x, base, index)
     np.testing.assert_allclose(found, np.einsum("grd,gdh->grh", x, base[index]), rtol=1e-5, atol=1e-5)
     found, expected = sums(x, y, weight, index)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -71,7 +75,7 @@ def test_groups_without_an_expert_take_no_place_and_give_nothing(absent, chosen)
     x[:absent] = np.nan
     base = draw(EXPERTS, FEATURES, HIDDEN, seed=3)
     right = np.where((index < EXPERTS)[:, None, None], np.einsum("grd,gdh->grh", x, base[index % EXPERTS]), 0)
-    np.testing.assert_allclose(grouped.matmul(x, base, index), right, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(matmul(x, base, index), right, rtol=1e-5, atol=1e-5)
     jax.effects_barrier()
     assert chosen == 2 * [grouped.sizes(GROUPS, EXPERTS)[0]]
 
@@ -89,7 +93,7 @@ def test_one_expert_and_more_experts_than_groups():
         np.testing.assert_allclose(found[expert], x[g].T @ (weight[g][:, None] * y[g]), rtol=1e-5, atol=1e-5)
     assert np.count_nonzero(np.abs(found).sum((1, 2))) == 2
     base = draw(EXPERTS, FEATURES, HIDDEN, seed=3)
-    np.testing.assert_allclose(grouped.matmul(x[:2], base, jnp.array([6, 0])), x[:2] @ base[[6, 0]], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(matmul(x[:2], base, jnp.array([6, 0])), x[:2] @ base[[6, 0]], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("spread", ["even", "unevenly"])
@@ -100,7 +104,7 @@ def test_products_of_bfloat16_are_summed_in_float32(spread):
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
     base = jnp.asarray(draw(EXPERTS, FEATURES, HIDDEN, seed=3), jnp.bfloat16)
-    assert grouped.matmul(jnp.asarray(x, jnp.bfloat16), base, jnp.asarray(index)).dtype == jnp.bfloat16
+    assert matmul(jnp.asarray(x, jnp.bfloat16), base, index).dtype == jnp.bfloat16
 
 
 def test_clients_and_models_under_vmap_take_one_branch():
@@ -108,16 +112,16 @@ def test_clients_and_models_under_vmap_take_one_branch():
     spreads = [index_of(SPREADS[name]) for name in ("even", "unevenly")]
     x = draw(2, GROUPS, ROWS, FEATURES, seed=1)
     bases, index = draw(2, EXPERTS, FEATURES, HIDDEN, seed=3), np.stack(spreads)
-    of_models = jax.vmap(grouped.matmul)
+    of_models = jax.vmap(matmul)
     right = np.einsum("mgrd,mgdh->mgrh", x, np.stack([base[own] for base, own in zip(bases, index, strict=True)]))
     np.testing.assert_allclose(of_models(x, bases, index), right, rtol=1e-5, atol=1e-5)
     assert " cond[" in str(jax.make_jaxpr(of_models)(x, bases, index))
-    of_clients = jax.vmap(grouped.matmul, (0, None, 0))
+    of_clients = jax.vmap(matmul, (0, None, 0))
     right = np.einsum("cgrd,cgdh->cgrh", x, bases[0][index])
     np.testing.assert_allclose(of_clients(x, bases[0], index), right, rtol=1e-5, atol=1e-5)
     for axes, args in (((None, None, 0), (x[0], bases[0], index)), ((0, None, None), (x, bases[0], index[0]))):
-        right = np.stack([grouped.matmul(*(a if axis is None else a[c] for a, axis in zip(args, axes, strict=True))) for c in range(2)])
-        np.testing.assert_allclose(jax.vmap(grouped.matmul, axes)(*args), right, rtol=1e-5, atol=1e-5)
+        right = np.stack([matmul(*(a if axis is None else a[c] for a, axis in zip(args, axes, strict=True))) for c in range(2)])
+        np.testing.assert_allclose(jax.vmap(matmul, axes)(*args), right, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("option", range(3))
