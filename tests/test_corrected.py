@@ -1,9 +1,11 @@
 """Tests of products that are corrected in one pass: a kernel, a pass for each part, and NumPy agree."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedmoe_jax import gpu
 from fedmoe_jax.corrected import Part, Tiles, _fits, corrected, in_a_kernel, one_by_one
 
 TILES, GROUPS, ROWS, HIDDEN, OTHERS = 7, 5, 16, 128, (16, 32)
@@ -22,6 +24,13 @@ def case(dtype):
     return tiles, jnp.asarray(draw.standard_normal(GROUPS), jnp.float32), parts
 
 
+@pytest.fixture(autouse=True)
+def float32():
+    """Else a GPU multiplies in TF32."""
+    with jax.default_matmul_precision("float32"):
+        yield
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_all_ways_agree(dtype):
     tiles, scale, parts = case(dtype)
@@ -29,7 +38,11 @@ def test_all_ways_agree(dtype):
     want = np.where(np.asarray(tiles.filled)[:, None, None], np.asarray(scale, np.float64)[:, None, None] * product[place], 0)
     for part in parts:
         want = want + np.asarray(part.mix, np.float64) @ np.asarray(part.values, np.float64)
-    for found in (in_a_kernel(tiles, scale, parts, interpret=True), one_by_one(tiles, scale, parts), corrected(tiles, scale, parts)):
+    for found in (
+        in_a_kernel(tiles, scale, parts, interpret=not gpu.has_kernels()),
+        one_by_one(tiles, scale, parts),
+        corrected(tiles, scale, parts),
+    ):
         assert found.dtype == dtype
         np.testing.assert_allclose(np.asarray(found, np.float64), want, atol=1e-4 if dtype == jnp.float32 else 0.2)
 
