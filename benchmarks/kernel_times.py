@@ -2,9 +2,9 @@
 
     python benchmarks/kernel_times.py > benchmarks/results/kernel_times.jsonl
 
-One JSON line a figure: milliseconds of a round, the rounds being in one compiled loop; and of that, as the profiler sees it, how
-long the device works, multiplies matrices (cuBLAS, cuDNN and Triton), moves rows (gathers, scatters, copies) and does anything
-else, and how many kernels it starts. Elsewhere than on a GPU there is the first figure only.
+One JSON line a figure: milliseconds of a round, the rounds being in one compiled loop, or of alignment alone; and of that, as
+the profiler sees it, how long the device works, multiplies matrices (cuBLAS, cuDNN and Triton), moves rows (gathers, scatters,
+copies) and does anything else, and how many kernels it starts. Elsewhere than on a GPU there is the first figure only.
 """
 
 import argparse
@@ -19,13 +19,14 @@ import time
 import jax
 from engines import EXPERTS, FEDAVG, SMALL, algorithm, experts, fedavg
 from roofline import TRANSFORMER, transformer
+from rounds import CALLS, alignment
 
 import fedmoe_jax as fm
 from fedmoe_jax.training.metrics import environment
 
 PRODUCTS = "gemm", "nvjet", "cutlass", "fmha", "flash"
 MOVES = "gather", "scatter", "concatenate", "transpose", "slice", "pad", "memcpy", "sort"
-CASES = {
+ROUNDS = {
     "fedavg 1000x100": functools.partial(fedavg, *FEDAVG[0]),
     "fedavg 10000x1000": functools.partial(fedavg, *FEDAVG[1]),
     **{f"experts {'x'.join(map(str, row))}": functools.partial(experts, *row) for row in EXPERTS},
@@ -64,20 +65,30 @@ def times(found, rounds):
     return {name: 1e-3 * value / rounds for name, value in total.items()}, len(found) / rounds
 
 
-def figures(make, rounds):
+def of_rounds(make, rounds=4):
+    """A function that runs so many rounds in one loop, and how many."""
     made = make()
     population, round_ = made[0], algorithm(made, "auto")
     run, state = fm.rounds(round_.step, rounds), round_.init(jax.random.key(0), population)
+
+    def once():
+        nonlocal state
+        state, _ = jax.block_until_ready(run(state, population))
+
+    return once, rounds
+
+
+def figures(once, rounds):
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
-        state, _ = jax.block_until_ready(run(state, population))
+        once()
         seconds.append(time.perf_counter() - start)
     yield "round", 1e3 * sorted(seconds[1:])[1] / rounds, "ms"
     if jax.default_backend() == "gpu":
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
-                jax.block_until_ready(run(state, population))
+                once()
             milliseconds, started = times(kernels(folder), rounds)
         for name, value in milliseconds.items():
             yield f"device, {name}", value, "ms"
@@ -87,11 +98,14 @@ def figures(make, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true")
-    cases = {"experts, small": functools.partial(experts, *SMALL[0])} if parser.parse_args().small else CASES
+    rounds = {"experts, small": functools.partial(experts, *SMALL[0])} if parser.parse_args().small else ROUNDS
+    cases = {case: functools.partial(of_rounds, make) for case, make in rounds.items()}
+    if rounds is ROUNDS:
+        cases["alignment 1000x64"] = lambda: (alignment(64, 1000, 10_000), CALLS)
     about = environment()
     about = dict(device=about["device"], versions=about["versions"], date=datetime.date.today().isoformat())
     for case, make in cases.items():
-        for metric, value, unit in figures(make, 4):
+        for metric, value, unit in figures(*make()):
             print(json.dumps(dict(bench="kernel_times", case=case, metric=metric, value=value, unit=unit) | about), flush=True)
 
 

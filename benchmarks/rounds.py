@@ -16,13 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from engines import experts
+from engines import Experts, experts
 
 import fedmoe_jax as fm
 from fedmoe_jax import sampling
 from fedmoe_jax.training.metrics import environment
 
 EXAMPLES, FEATURES, CLASSES = 60, 784, 10
+WIDTHS = (512, 2048), (1024, 4096)  # of experts and of what is hidden in them
+CALLS = 5  # of alignment alone that are timed together
 SMALL = 20  # clients of a round where calls from Python count
 
 
@@ -108,11 +110,11 @@ def alignment(experts, cohort, clients, slots=4):
     def once():
         nonlocal state, count
         start = time.perf_counter()
-        for _ in range(5):
+        for _ in range(CALLS):
             count += 1
             state = step(state, jax.random.fold_in(keys[2], count))
         jax.block_until_ready(state)
-        return (time.perf_counter() - start) / 5
+        return (time.perf_counter() - start) / CALLS
 
     return once
 
@@ -165,14 +167,22 @@ def of_alignment(arguments):
 
 
 def of_wide(arguments):
-    """The same against a round of experts as wide as those of a small language model, 512 tokens a client, in bfloat16."""
-    clients, model, loss, options = experts(arguments.cohort, 64, 4, 128, 512, 2048, 4)
-    options |= dict(aligner=fm.alignment.balanced(num_experts=64, max_slots=4), server_optimizer=optax.sgd(1.0), local_epochs=1)
-    made = fm.federated_moe(model, loss, **options, solo_examples=16, engine="auto")
-    whole, _ = runner(made, clients, arguments.rounds)
-    base, part = in_turns(whole, alignment(64, arguments.cohort, clients.num_clients), repeats=arguments.repeats)
-    yield "round, 64 experts of 512 x 2048", base, "s", None, None
-    yield "alignment alone, 64 experts", part, "s", "round of experts of 512 x 2048", part / base
+    """The same of experts as wide as those of language models, 512 tokens a client, in bfloat16."""
+    for width, hidden in WIDTHS:
+        clients, _, loss, options = experts(arguments.cohort, 64, 4, 128, width, hidden, 4)
+        options |= dict(server_optimizer=optax.sgd(1.0), local_epochs=1, solo_examples=16, engine="auto")
+
+        def rounds_of(number, clients=clients, loss=loss, options=options, sizes=(width, hidden, width)):
+            model = Experts(*sizes, number, token_capacity=1.0, use_bias=False, dtype=jnp.bfloat16)
+            options["aligner"] = fm.alignment.balanced(num_experts=number, max_slots=4)
+            return runner(fm.federated_moe(model, loss, **options), clients, arguments.rounds)[0]
+
+        alone = alignment(64, arguments.cohort, clients.num_clients)
+        few, many, part = in_turns(rounds_of(4), rounds_of(64), alone, repeats=arguments.repeats)
+        of = f"of {width} x {hidden}"
+        yield f"round, 4 experts {of}, 4 slots", few, "s", None, None
+        yield f"round, 64 experts {of}, 4 slots", many, "s", f"4 experts {of}", many / few
+        yield "alignment alone, 64 experts", part, "s", f"round of experts {of}", part / many
 
 
 def of_loop(arguments):

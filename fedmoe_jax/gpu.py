@@ -6,8 +6,10 @@ down to be read once. In a `shard_map` of one's own they need `check_vma=False`.
 They are Pallas' for Triton, which JAX means to give up: where it has gone, or will not run, all is done without.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,10 +17,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas
 from jaxtyping import Array
 
+_PORTABLE = contextvars.ContextVar("portable", default=False)
+
 
 def run(kernel: Callable[..., Any], otherwise: Callable[..., Any], *args: Any) -> Any:
     """kernel(*args) if this is compiled for a GPU that takes kernels of Triton, else otherwise(*args), the same to rounding."""
-    return _of_platform(kernel, otherwise, *args) if has_kernels() else otherwise(*args)
+    return _of_platform(kernel, otherwise, *args) if has_kernels() and not is_portable() else otherwise(*args)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # outside jit it would go by the default device, wherever the arguments are
@@ -58,3 +62,18 @@ def store(ref: Any, index: Array, there: Array, value: Array) -> None:
 
     index, there = jnp.broadcast_arrays(index, there)
     triton.store(ref.at[index], value.astype(ref.dtype), mask=there)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Within it a model is traced as on any machine, without our kernels or a vendor's, whose cost cannot be read off."""
+    token = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(token)
+
+
+def is_portable() -> bool:
+    """Whether such kernels are to be left out."""
+    return _PORTABLE.get()

@@ -4,10 +4,7 @@ A weight is an array, or a `DualKernel`: what a client's local training made of 
 it has learnt from so far. Either is read in the dtype of `x`, so a layer that computes in bfloat16 casts its activations only.
 """
 
-import contextlib
-import contextvars
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,23 +18,6 @@ from fedmoe_jax.probe import Probe
 
 _PIECES = 31  # of a long sum, at most: so many XLA adds up in one pass of a GPU
 
-_PORTABLE = contextvars.ContextVar("portable", default=False)
-
-
-@contextlib.contextmanager
-def portable() -> Iterator[None]:
-    """Within it a model is traced as on any machine, without a vendor's own kernels, whose cost cannot be read off."""
-    token = _PORTABLE.set(True)
-    try:
-        yield
-    finally:
-        _PORTABLE.reset(token)
-
-
-def is_portable() -> bool:
-    """Whether a vendor's own kernels are to be left out."""
-    return _PORTABLE.get()
-
 
 @pytree
 class History:
@@ -45,13 +25,18 @@ class History:
 
     Rows of different lanes never meet: those of a shared kernel are one lane, those of experts one for each slot, or one for
     all where tiles of rows go to slots that the router chose. Then `slot` says whose each tile is. The rows that look something
-    up in a table are one-hot: of them only the place is kept.
+    up in a table are one-hot: of them only the place is kept. Gradients are in parts, so that they are joined where they are read.
     """
 
     inputs: Float[Array, "*client lane row feature"] | Int[Array, "*client lane row"]
-    gradients: Float[Array, "*client lane row hidden"]
+    parts: tuple[Float[Array, "*client lane _ hidden"], ...]
     weight: Float[Array, "*client row"]
     slot: Int[Array, "*client tile"] | None = None
+
+    @property
+    def gradients(self) -> Float[Array, "*client lane row hidden"]:
+        """Of all rows."""
+        return self.parts[0] if len(self.parts) == 1 else jnp.concatenate(self.parts, axis=-2)
 
 
 @pytree
@@ -151,8 +136,8 @@ def shared_sum(delta: Any, weight: Float[Array, " client"]) -> Float[Array, "...
         return jnp.tensordot(weight, delta, 1)
     total = (weight @ delta.shrink) * delta.base
     for rows in delta.history:
-        gradients = (rows.gradients[:, 0] * (weight[:, None] * rows.weight)[..., None]).astype(rows.gradients.dtype)
-        inputs = rows.inputs[:, 0]
+        inputs, gradients = rows.inputs[:, 0], rows.gradients[:, 0]
+        gradients = (gradients * (weight[:, None] * rows.weight)[..., None]).astype(gradients.dtype)
         if _is_places(inputs):
             total = total.at[inputs].add(gradients)
         else:
@@ -165,15 +150,16 @@ def _sum_of_products(inputs, gradients):
 
     A CPU transposes the left factor of a product, so the smaller one goes there.
     """
-    clients, rows, features = inputs.shape
-    hidden = gradients.shape[-1]
+    features, hidden = inputs.shape[-1], gradients.shape[-1]
     if jax.default_backend() == "cpu" and hidden < features:
         turned = jnp.einsum("crh,crd->hd", gradients, inputs, preferred_element_type=jnp.float32)
         return jax.lax.optimization_barrier(turned).T  # or XLA turns the product around again
-    most = min(clients * rows // 1000, 2**22 // max(features * hidden, 1), _PIECES) if jax.default_backend() == "gpu" else 1
-    pieces = max(number for number in range(1, max(most, 1) + 1) if clients % number == 0)
-    inputs, gradients = (a.reshape(pieces, clients // pieces, *a.shape[1:]) for a in (inputs, gradients))
-    return jnp.einsum("pcrd,pcrh->pdh", inputs, gradients, preferred_element_type=jnp.float32).sum(0)
+    inputs, gradients = (a.reshape(-1, a.shape[-1]) for a in (inputs, gradients))
+    rows = inputs.shape[0]
+    most = min(rows // 1000, 2**22 // max(features * hidden, 1), _PIECES) if jax.default_backend() == "gpu" else 1
+    pieces = max(number for number in range(1, max(most, 1) + 1) if rows % number == 0)
+    inputs, gradients = (a.reshape(pieces, rows // pieces, a.shape[1]) for a in (inputs, gradients))
+    return jnp.einsum("prd,prh->pdh", inputs, gradients, preferred_element_type=jnp.float32).sum(0)
 
 
 def form(delta: DualDelta) -> Float[Array, "client feature hidden"]:
@@ -182,7 +168,7 @@ def form(delta: DualDelta) -> Float[Array, "client feature hidden"]:
     for rows in delta.history:
         inputs = rows.inputs
         if _is_places(inputs):
-            inputs = jax.nn.one_hot(inputs, delta.base.shape[0], dtype=rows.gradients.dtype)
+            inputs = jax.nn.one_hot(inputs, delta.base.shape[0], dtype=rows.parts[0].dtype)
         total += jnp.einsum("clrd,cr,clrh->cdh", inputs, rows.weight, rows.gradients, preferred_element_type=jnp.float32)
     return total
 
@@ -230,7 +216,7 @@ def _joined(history: tuple[History, ...]) -> History:
     """The rows and tiles of all steps."""
     inputs, gradients = (jnp.concatenate([getattr(rows, name) for rows in history], axis=2) for name in ("inputs", "gradients"))
     weight, slot = (jnp.concatenate([getattr(rows, name) for rows in history], axis=1) for name in ("weight", "slot"))
-    return History(inputs, gradients, weight, slot)
+    return History(inputs, (gradients,), weight, slot)
 
 
 def _product(x, kernel: DualKernel, expert) -> Float[Array, "group row hidden"]:

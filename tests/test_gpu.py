@@ -48,6 +48,8 @@ def test_kernels_are_only_in_what_is_compiled_for_a_gpu(name, monkeypatch):
         return jax.jit(lambda x: FUNCTIONS[name](x)).trace(jnp.arange(9))
 
     assert "pallas_call" not in str(traced(False).jaxpr)
+    with gpu.portable():
+        assert "pallas_call" not in str(traced(True).jaxpr)
     with_kernel = traced(True)
     assert "pallas_call" in str(with_kernel.jaxpr)
     assert "triton" not in with_kernel.lower(lowering_platforms=("cpu",)).as_text()

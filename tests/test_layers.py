@@ -12,7 +12,7 @@ from flax import nnx
 
 from fedmoe_jax import gpu
 from fedmoe_jax.base import Batch
-from fedmoe_jax.kernels import portable
+from fedmoe_jax.gpu import portable
 from fedmoe_jax.models.losses import balanced_softmax, cross_entropy
 from fedmoe_jax.nn.attention import Attention, is_fused, rotate
 from fedmoe_jax.nn.convolution import convolve, patches

@@ -163,7 +163,7 @@ def dual_delta(draw, tiles, experts=EXPERTS, clients=5, slots=2, dtype=jnp.float
     normal = lambda *shape: jnp.asarray(draw.normal(size=shape), dtype)  # noqa: E731
     lanes, rows = (1, 2 * 3) if tiles else (slots, 3)
     slot = jnp.array(draw.integers(0, slots, (clients, 2))) if tiles else None
-    history = [History(normal(clients, lanes, rows, 6), normal(clients, lanes, rows, 7), normal(clients, rows), slot) for _ in range(2)]
+    history = [History(normal(clients, lanes, rows, 6), (normal(clients, lanes, rows, 7),), normal(clients, rows), slot) for _ in range(2)]
     return DualDelta(tuple(history), jnp.float32(draw.normal(size=clients)), jnp.float32(draw.normal(size=(experts, 6, 7))))
 
 

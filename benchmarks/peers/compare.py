@@ -20,7 +20,7 @@ import sys
 from fedmoe_jax.training.metrics import environment
 
 HERE = pathlib.Path(__file__).parent
-OWN = [("ours.py", "primal"), ("ours.py", "auto"), ("plain.py", "vmap"), ("plain.py", "scan"), ("limit.py",)]
+OWN = [("ours.py", "primal"), ("ours.py", "auto"), ("plain.py", "vmap"), ("plain.py", "vmap", "drawn"), ("plain.py", "scan"), ("limit.py",)]
 PEERS = {"fedjax": [("with_fedjax.py",)], "pfl": [("with_pfl.py",), ("with_pfl.py", "2")], "flower": [("with_flower.py",)]}
 
 
@@ -29,7 +29,8 @@ def run(python, script, *arguments):
     done = subprocess.run([python, str(HERE / script), *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{script} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    print(line := done.stdout.splitlines()[-1], file=sys.stderr)  # so that a run that is cut short has told something
+    return json.loads(line)
 
 
 def main():

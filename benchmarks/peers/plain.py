@@ -1,6 +1,7 @@
-"""Plain JAX on the workload: python plain.py W1 [vmap | scan]. All rounds in one scan, the data on the device.
+"""Plain JAX on the workload: python plain.py W1 [vmap | scan] [drawn]. All rounds in one scan, the data on the device.
 
-Clients side by side (vmap) or one after the other (scan).
+Clients side by side (vmap) or one after the other (scan). If `drawn`, each round draws its clients and shuffles their examples, as
+FedAvg does; else the clients of all rounds are given, and their examples keep their order.
 """
 
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import workload
 
 
-def main(name, clients="vmap"):
+def main(name, clients="vmap", drawn=""):
     work = workload.WORKLOADS[name]
     x, y, test_x, test_y = map(jnp.asarray, workload.data(work.clients))
     batches = workload.EXAMPLES // workload.BATCH
@@ -25,9 +26,16 @@ def main(name, clients="vmap"):
         shaped = x.reshape(batches, workload.BATCH, 28, 28), y.reshape(batches, workload.BATCH)
         return jax.lax.scan(step, start, shaped)[0]
 
+    def drawn_rows(key):
+        of_clients, of_orders = jax.random.split(key)
+        chosen = jax.random.choice(of_clients, work.clients, (work.cohort,), replace=False)
+        orders = jax.vmap(lambda key: jax.random.permutation(key, workload.EXAMPLES))(jax.random.split(of_orders, work.cohort))
+        return chosen[:, None], orders
+
     def one(weights, chosen):
         if clients == "vmap":
-            each = jax.vmap(client, (None, 0, 0))(weights, x[chosen], y[chosen])
+            rows = drawn_rows(chosen) if drawn else chosen
+            each = jax.vmap(client, (None, 0, 0))(weights, x[rows], y[rows])
             return jax.tree.map(lambda a: a.mean(0), each), None
 
         def add(total, index):
@@ -37,7 +45,9 @@ def main(name, clients="vmap"):
         return jax.tree.map(lambda a: a / work.cohort, total), None
 
     run = jax.jit(lambda weights, cohorts: jax.lax.scan(one, weights, cohorts)[0])
-    cohorts = np.stack([workload.cohort(number, work) for number in range(work.warm_up + work.rounds)])
+    rounds = work.warm_up + work.rounds
+    given = [workload.cohort(number, work) for number in range(rounds)]
+    cohorts = jax.random.split(jax.random.key(1), rounds) if drawn else np.stack(given)
     weights = run(jax.device_put(workload.weights(work.model)), cohorts[: work.warm_up])
     compiled = run.lower(weights, cohorts[work.warm_up :]).compile()
 
@@ -48,7 +58,7 @@ def main(name, clients="vmap"):
     rest()
     loss = jax.jit(networks.loss)(weights, test_x, test_y)
     seconds = workload.timed_loop(rest, lambda: jax.block_until_ready(weights))
-    workload.report(f"plain JAX, {clients}", jax.__version__, name, seconds, loss)
+    workload.report(", ".join(filter(None, ("plain JAX", clients, drawn))), jax.__version__, name, seconds, loss)
 
 
 if __name__ == "__main__":

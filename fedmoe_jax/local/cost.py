@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.extend import core
 
-from fedmoe_jax import kernels, posterior
+from fedmoe_jax import gpu, posterior
 from fedmoe_jax.base import Batch, LossFn, RoundCost
 from fedmoe_jax.experts import Partition, RouterParam, groups
 from fedmoe_jax.local.primal import objective, solo_losses
@@ -28,7 +28,7 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
 
 
 def _traced(function: Callable[..., Any], *args: Any) -> Any:
-    with kernels.portable():
+    with gpu.portable():
         return jax.make_jaxpr(function)(*args).jaxpr
 
 

@@ -74,10 +74,10 @@ class _Known(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Inputs (or the places of one-hot ones) and gradients [lane, row, width] of some steps from `first`, and the slots of their tiles."""
+    """Inputs (or places of one-hot ones) [lane, row, width] and gradients, in parts, of some steps from `first`, and whose each tile is."""
 
     inputs: Array
-    gradients: Array
+    parts: tuple[Array, ...]
     slot: Array | None
     first: int
     steps: int
@@ -195,7 +195,7 @@ def _multiplied(inputs: Float[Array, "step *row feature"], leaf: Array) -> _Know
 
 def _whole(known: _Known, history: list[_Rows]) -> _Rows:
     """The history of all steps in one, its inputs as they were known."""
-    return _Rows(known.inputs, jnp.concatenate([rows.gradients for rows in history], axis=1), None, 0, len(history))
+    return _Rows(known.inputs, tuple(part for rows in history for part in rows.parts), None, 0, len(history))
 
 
 def _weighted(history: list[_Rows], coefficients) -> tuple[History, ...]:
@@ -204,7 +204,7 @@ def _weighted(history: list[_Rows], coefficients) -> tuple[History, ...]:
 
     def one(rows: _Rows) -> History:
         weight = of_step[rows.first : rows.first + rows.steps]
-        return History(rows.inputs, rows.gradients, jnp.repeat(weight, rows.inputs.shape[1] // rows.steps), rows.slot)
+        return History(rows.inputs, rows.parts, jnp.repeat(weight, rows.inputs.shape[1] // rows.steps), rows.slot)
 
     return tuple(map(one, history))
 
@@ -213,9 +213,9 @@ def _rows(seen, use: Use, first: int = 0, steps: int = 1) -> _Rows:
     """What a kernel saw in a step, in lanes."""
     inputs, gradients, *slot = seen
     if not use.tiled:
-        return _Rows(inputs.astype(jnp.int32) if use.is_table else inputs, gradients, None, first, steps)
+        return _Rows(inputs.astype(jnp.int32) if use.is_table else inputs, (gradients,), None, first, steps)
     inputs, gradients = (a.reshape(1, -1, a.shape[-1]) for a in (inputs, gradients))
-    return _Rows(inputs, gradients, slot[0].astype(jnp.int32), first, steps)
+    return _Rows(inputs, (gradients,), slot[0].astype(jnp.int32), first, steps)
 
 
 def _unrolled(step, carry, uses, steps):

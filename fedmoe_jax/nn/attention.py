@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from fedmoe_jax.kernels import is_portable
+from fedmoe_jax.gpu import is_portable
 from fedmoe_jax.nn.linear import Linear, RMSNorm
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fedmoe_jax.kernels import is_portable
+from fedmoe_jax.gpu import is_portable
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 

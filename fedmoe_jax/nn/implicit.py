@@ -22,6 +22,7 @@ from fedmoe_jax.nn import convolution
 _ROWS, _WIDTH, _WIDTH_SUMMED, _FEATURES = 128, 32, 64, 64  # of a tile, at most
 _SUMMED = 32  # rows that are read at a time where all are added up
 _SUMS = 1 << 13  # numbers of such a sum in a program
+_EXACT = 32  # channels up to which products in full float32 are compiled in seconds
 _PIECES, _PIECE = 31, 512  # programs that share all rows, at most, and rows of each, at least
 
 
@@ -53,10 +54,12 @@ _correlate.defvjp(
 
 
 def _run(kernel, otherwise, x, other):
-    """Kernels count in 32 bits, multiply no doubles, and want something to multiply."""
+    """Kernels count in 32 bits, multiply no doubles, and want something to multiply. Large ones in full float32 compile for minutes."""
     positions, channels, features = math.prod(x.shape[:3]), x.shape[3], other.shape[3]
     most = max(positions * max(channels, features), _PIECES * 9 * channels * features)
+    exact = x.dtype == jnp.float32 and jax.config.values["jax_default_matmul_precision"] in ("float32", "highest")
     fits = min(x.size, other.size) > 0 and most < 2**30 and x.dtype.itemsize <= 4
+    fits &= not exact or max(channels, features) <= _EXACT
     return gpu.run(kernel, otherwise, x, other) if fits else otherwise(x, other)
 
 
