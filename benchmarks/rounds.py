@@ -20,6 +20,7 @@ from engines import Experts, experts
 
 import fedmoe_jax as fm
 from fedmoe_jax import sampling
+from fedmoe_jax.alignment import elimination
 from fedmoe_jax.training.metrics import environment
 
 EXAMPLES, FEATURES, CLASSES = 60, 784, 10
@@ -164,6 +165,26 @@ def of_alignment(arguments):
     base, part = in_turns(whole, alignment(64, arguments.cohort, clients.num_clients), repeats=arguments.repeats)
     yield "round, 64 experts", base, "s", None, None
     yield "alignment alone, 64 experts", part, "s", "round", part / base
+    yield "steps of Newton's method in it", newton_steps(64, arguments.cohort, clients.num_clients), "", None, None
+
+
+def newton_steps(experts, cohort, clients):
+    """Systems of equations that a round of alignment solves, one after the other."""
+    solve, solved = elimination.solve, []
+
+    def counted(*system):
+        jax.debug.callback(lambda: solved.append(1))
+        return solve(*system)
+
+    jax.clear_caches()  # of what was traced without it
+    elimination.solve = counted
+    try:
+        in_turns(alignment(experts, cohort, clients), repeats=5)  # and once before
+    finally:
+        elimination.solve = solve
+        jax.clear_caches()
+    jax.effects_barrier()
+    return len(solved) / CALLS / 6
 
 
 def of_wide(arguments):

@@ -12,15 +12,15 @@ from jaxtyping import Array, Bool, Float, Int
 from fedmoe_jax import gpu
 from fedmoe_jax.base import pytree
 
-_ROWS = 128  # of a tile, at most
+_ROWS, _NUMBERS = 128, 1 << 14  # of a tile, at most
 _WIDTHS = 256, 128, 64  # of a tile: the first that divides all
 
 
 class Tiles(NamedTuple):
-    """Products [tile, row, hidden] of groups, the place among them of each group, and whether it has one: else it is 0."""
+    """Products [tile, row, hidden] of groups, the place among them of each (None: its own), and whether it has one: else it is 0."""
 
     product: Float[Array, "tile row hidden"]
-    place: Int[Array, " group"]
+    place: Int[Array, " group"] | None
     filled: Bool[Array, " group"]
 
 
@@ -40,7 +40,7 @@ def corrected(tiles: Tiles, scale: Float[Array, " group"], parts: Sequence[Part]
 
 def one_by_one(tiles: Tiles, scale: Float[Array, " group"], parts: Sequence[Part]) -> Float[Array, "group row hidden"]:
     """`corrected`, a pass for each part."""
-    product = tiles.product[tiles.place]
+    product = tiles.product if tiles.place is None else tiles.product[tiles.place]
     y = jnp.where(tiles.filled[:, None, None], scale[:, None, None] * product, 0).astype(product.dtype)
     for part in parts:
         y = y + jnp.einsum("grn,gnh->grh", part.mix, part.values)
@@ -52,7 +52,8 @@ def in_a_kernel(
 ) -> Float[Array, "group row hidden"]:
     """`corrected` in one kernel of a GPU, all added up in float32. `interpret` runs it anywhere, slowly."""
     _, rows, hidden = tiles.product.shape
-    groups, width = tiles.place.shape[0], _width(hidden)
+    groups, width = tiles.filled.shape[0], _width(rows, hidden)
+    places = jnp.arange(groups) if tiles.place is None else jnp.where(tiles.filled, tiles.place, 0)  # a kernel reads wherever it is told to
 
     def kernel(product, place, filled, scale, *others):
         *factors, out = others
@@ -65,7 +66,7 @@ def in_a_kernel(
     def whole(array):
         return pallas.BlockSpec(array.shape, lambda group, column: (0,) * array.ndim)
 
-    given = tiles.product, tiles.place, tiles.filled.astype(jnp.int32), scale
+    given = tiles.product, places, tiles.filled.astype(jnp.int32), scale
     specs = list(map(whole, given))
     for part in parts:
         other = part.mix.shape[2]
@@ -81,15 +82,13 @@ def _tile(rows, width):
     return pallas.BlockSpec((None, rows, width), lambda group, column: (group, 0, column))
 
 
-def _width(hidden: int) -> int:
-    return next((width for width in _WIDTHS if hidden % width == 0), 0)
+def _width(rows: int, hidden: int) -> int:
+    return next((width for width in _WIDTHS if hidden % width == 0 and rows * width <= _NUMBERS), 0)
 
 
 def _fits(tiles: Tiles, parts: Sequence[Part]) -> bool:
-    """Kernels take powers of two, and small tiles."""
-    sizes = tiles.product.shape[1], *(part.mix.shape[2] for part in parts)
-    return bool(_width(tiles.product.shape[2])) and tiles.product.dtype.itemsize <= 4 and all(map(_is_small_power, sizes))
-
-
-def _is_small_power(size: int) -> bool:
-    return 16 <= size <= _ROWS and size & (size - 1) == 0
+    """Kernels take powers of two, small tiles, and no products in full float32."""
+    product = tiles.product
+    sizes, most = (product.shape[1], *(part.mix.shape[2] for part in parts)), _ROWS * 2 // max(product.dtype.itemsize, 2)
+    powers = all(16 <= size <= most and size & (size - 1) == 0 for size in sizes)
+    return powers and bool(_width(*product.shape[1:])) and product.dtype.itemsize <= 4 and not gpu.is_exact(product.dtype)

@@ -1,7 +1,7 @@
 """Kernels of our own on NVIDIA GPUs.
 
-For chains of small steps, each of which would be a kernel or wait for the host, and for factors of a product that would be written
-down to be read once. In a `shard_map` of one's own they need `check_vma=False`.
+For chains of small steps, each of which would be a kernel or wait for the host, for factors of a product that would be written
+down to be read once, and for sums of products, each of which would be. In a `shard_map` of one's own they need `check_vma=False`.
 
 They are Pallas' for Triton, which JAX means to give up: where it has gone, or will not run, all is done without.
 """
@@ -38,6 +38,11 @@ def has_kernels() -> bool:
         return False
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # "gfx90a" of AMD's, none of a CPU
     return jax.config.values["jax_default_device"] is None and capability.split(".")[0].isdigit() and float(capability) >= 8
+
+
+def is_exact(dtype: Any) -> bool:
+    """Whether products of this dtype are in full float32: kernels of large ones are compiled for minutes."""
+    return dtype == jnp.float32 and jax.config.values["jax_default_matmul_precision"] in ("float32", "highest", "F32_F32_F32")
 
 
 def call(kernel: Callable[..., None], out_shape: Any, *, warps: int, interpret: bool, **options: Any) -> Callable[..., Any]:

@@ -36,7 +36,7 @@ _TILES = 4
 class Layout:
     """`group` in each place of each tile (any where empty, `filled` says which), and the place of each group.
 
-    The first tile of each expert comes first; `owner` is the expert of each tile to spare.
+    The first tile of each expert comes first; `owner` is the expert of each tile to spare. Who has no place is told the first.
     """
 
     group: Int[Array, "tile place"]
@@ -63,7 +63,8 @@ def lay_out(index: Int[Array, " group"], counts: Int[Array, " expert"], size: in
     group = order[jnp.minimum(start[expert][:, None] + rank, num_groups - 1)]
     own_rank = jnp.zeros_like(order).at[order].set(jnp.arange(num_groups, dtype=jnp.int32)) - start[index]
     tile = jnp.where(own_rank < size, index, num_experts + first[index] + own_rank // size - 1)
-    return lax.optimization_barrier(Layout(group, rank < counts[expert][:, None], owner, tile * size + own_rank % size))
+    place = jnp.where(index < num_experts, tile * size + own_rank % size, 0)
+    return lax.optimization_barrier(Layout(group, rank < counts[expert][:, None], owner, place))
 
 
 def _spare_tiles(counts: Int[Array, " expert"], size: int) -> Int[Array, " expert"]:
@@ -136,7 +137,7 @@ def _matmul(x, base, index, scale, parts):
         return corrected(Tiles(product, place, index < num_experts), scale, parts)
 
     if num_experts == 1 or num_groups <= num_experts:
-        return added(x @ (base[0] if num_experts == 1 else base[index]), jnp.arange(num_groups))
+        return added(x @ (base[0] if num_experts == 1 else base[index]), None)
 
     def laid(groups):
         return x[groups].reshape(groups.shape[0], -1, x.shape[-1])

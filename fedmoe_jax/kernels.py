@@ -146,7 +146,7 @@ def shared_sum(delta: Any, weight: Float[Array, " client"]) -> Float[Array, "...
 
 
 def _sum_of_products(inputs, gradients):
-    """Over clients and rows. A GPU gets a long sum in pieces of some clients each: XLA would cut it anyway, and pad copies of all rows.
+    """Over clients and rows. A GPU gets a long sum in pieces of as many rows: XLA would cut it anyway, and pad copies of all rows.
 
     A CPU transposes the left factor of a product, so the smaller one goes there.
     """

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmoe_jax import grouped
+from fedmoe_jax import corrected, gpu, grouped
 
 EXPERTS, GROUPS, ROWS, FEATURES, HIDDEN = 8, 64, 3, 5, 4
 SPREADS = {
@@ -145,3 +145,35 @@ def test_each_group_has_a_place_of_its_own_in_a_tile_of_its_expert(groups, exper
         np.testing.assert_array_equal(layout.group.ravel()[place], here)
         assert layout.filled.ravel()[place].all() and layout.filled.sum() == len(here)
         np.testing.assert_array_equal(expert[place // size], index[here])
+
+
+@pytest.mark.parametrize("in_kernels", [False, True])
+def test_what_is_added_is_added_to_the_products_of_all(in_kernels, monkeypatch):
+    """Of clients, and of several models with clients, of which some groups have no expert; a kernel sees places that are there."""
+    models, clients, slots, rows, hidden, others = 2, 4, 8, 16, 64, 32
+    if in_kernels:
+        monkeypatch.setattr(gpu, "run", lambda kernel, otherwise, *args: kernel(*args, interpret=True))
+        monkeypatch.setattr(corrected, "_fits", lambda *args: True)
+    index = index_of([4] * EXPERTS).reshape(clients, slots)
+    index[0, :3] = index[2, 5] = EXPERTS
+    x, base = draw(clients, slots, rows, FEATURES, seed=1), draw(models, EXPERTS, FEATURES, hidden, seed=3)
+    mix, values = draw(models, clients, slots, rows, others, seed=4), draw(models, clients, slots, others, hidden, seed=5)
+    scale = draw(clients, seed=6)
+
+    def product(base, mix, values, x, index, scale):
+        return grouped.matmul(x, base, index, scale, [corrected.Part(mix, values)])
+
+    of_clients = jax.vmap(product, (None, 0, 0, 0, 0, 0))
+    of_models = jax.vmap(of_clients, (0, 0, 0, None, None, None))
+    kernel = np.concatenate([base, np.zeros_like(base[:, :1])], axis=1)[:, index]
+    want = scale[:, None, None, None] * np.einsum("csrd,mcsdh->mcsrh", x, kernel) + mix @ values
+    np.testing.assert_allclose(jax.jit(of_models)(base, mix, values, x, index, scale), want, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(of_clients)(base[0], mix[0], values[0], x, index, scale), want[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("size", grouped.sizes(GROUPS, EXPERTS))
+def test_all_places_are_there(size):
+    index = index_of([8] * EXPERTS)
+    index[:40] = EXPERTS
+    layout = grouped.lay_out(jnp.asarray(index), jnp.bincount(jnp.asarray(index), length=EXPERTS).astype(jnp.int32), *size)
+    assert layout.place.min() >= 0 and layout.place.max() < layout.group.size

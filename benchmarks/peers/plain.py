@@ -1,4 +1,4 @@
-"""Plain JAX on the workload: python plain.py W1 [vmap | scan] [drawn]. All rounds in one scan, the data on the device.
+"""Plain JAX on the workload: python plain.py W1 [vmap | scan | vmap drawn]. All rounds in one scan, the data on the device.
 
 Clients side by side (vmap) or one after the other (scan). If `drawn`, each round draws its clients and shuffles their examples, as
 FedAvg does; else the clients of all rounds are given, and their examples keep their order.
@@ -14,6 +14,8 @@ import workload
 
 
 def main(name, clients="vmap", drawn=""):
+    if drawn and clients != "vmap":
+        raise SystemExit("drawn goes with vmap")
     work = workload.WORKLOADS[name]
     x, y, test_x, test_y = map(jnp.asarray, workload.data(work.clients))
     batches = workload.EXAMPLES // workload.BATCH

@@ -57,9 +57,8 @@ def _run(kernel, otherwise, x, other):
     """Kernels count in 32 bits, multiply no doubles, and want something to multiply. Large ones in full float32 compile for minutes."""
     positions, channels, features = math.prod(x.shape[:3]), x.shape[3], other.shape[3]
     most = max(positions * max(channels, features), _PIECES * 9 * channels * features)
-    exact = x.dtype == jnp.float32 and jax.config.values["jax_default_matmul_precision"] in ("float32", "highest")
     fits = min(x.size, other.size) > 0 and most < 2**30 and x.dtype.itemsize <= 4
-    fits &= not exact or max(channels, features) <= _EXACT
+    fits &= not gpu.is_exact(x.dtype) or max(channels, features) <= _EXACT
     return gpu.run(kernel, otherwise, x, other) if fits else otherwise(x, other)
 
 
