@@ -75,7 +75,18 @@ def sizes(num_groups: int, num_experts: int) -> tuple[tuple[int, int], ...]:
     """Places of a tile and tiles to spare: for groups that are spread evenly, less evenly, and in any way."""
     mean = num_groups / num_experts
     places, small = math.ceil(_ROOM * mean), max(1, int(mean / _TILES))
-    return (places, 0), (places, math.ceil(_SPARE * num_experts)), (small, num_groups // small)
+    return (places, 0), (places, math.ceil(_SPARE * num_experts)), (small, num_experts * -(-num_groups // (small * num_experts)))
+
+
+def _spare(layout: Layout) -> list[tuple[Array, Array, Array]]:
+    """Group, filled and owner of the tiles to spare, if any, in blocks of no more than there are experts: so many weights are copied."""
+    spare = layout.owner.shape[0]
+    if not spare:
+        return []
+    most = layout.group.shape[0] - spare
+    tiles = layout.group[most:], layout.filled[most:], layout.owner
+    group, filled, owner = (a.reshape(-1, min(spare, most), *a.shape[1:]) for a in tiles)
+    return [(group, filled, owner)]
 
 
 def laid_out(index: Int[Array, " group"], num_experts: int, function: Callable[[Layout], T]) -> T:
@@ -144,8 +155,9 @@ def _matmul(x, base, index, scale, parts):
 
     def product(layout):
         y = laid(layout.group[:num_experts]) @ base
-        if layout.owner.size:
-            y = jnp.concatenate([y, laid(layout.group[num_experts:]) @ base[layout.owner]])
+        for group, _, owner in _spare(layout):
+            more = lax.map(lambda tiles: laid(tiles[0]) @ base[tiles[1]], (group, owner))
+            y = jnp.concatenate([y, more.reshape(-1, *y.shape[1:])])
         return added(y.reshape(-1, rows, y.shape[-1]), layout.place)
 
     return laid_out(index, num_experts, product)
@@ -173,12 +185,17 @@ def outer(rows: Sequence[Rows], index: Int[Array, " group"], num_experts: int) -
         each = (product(part.inputs, weighted(part.outputs, part.weight, index == 0)) for part in rows)
         return functools.reduce(jnp.add, each)[None]
 
-    def sums(layout):
-        laid = [Rows(*(a[layout.group] for a in part)) for part in rows]
+    def of_tiles(group, filled):
+        laid = [Rows(*(a[group] for a in part)) for part in rows]
         inputs = jnp.concatenate([part.inputs for part in laid], axis=2)
-        outputs = jnp.concatenate([weighted(part.outputs, part.weight, layout.filled) for part in laid], axis=2)
+        outputs = jnp.concatenate([weighted(part.outputs, part.weight, filled) for part in laid], axis=2)
         flat = (a.reshape(a.shape[0], -1, a.shape[-1]) for a in (inputs, outputs))
-        total = jnp.einsum("trd,trh->tdh", *flat, preferred_element_type=jnp.float32)
-        return total[:num_experts].at[layout.owner].add(total[num_experts:]) if layout.owner.size else total
+        return jnp.einsum("trd,trh->tdh", *flat, preferred_element_type=jnp.float32)
+
+    def sums(layout):
+        total = of_tiles(layout.group[:num_experts], layout.filled[:num_experts])
+        for blocks in _spare(layout):
+            total, _ = lax.scan(lambda total, tiles: (total.at[tiles[2]].add(of_tiles(*tiles[:2])), None), total, blocks)
+        return total
 
     return laid_out(index, num_experts, sums)

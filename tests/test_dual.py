@@ -1,6 +1,8 @@
 """The dual engine gives what the primal one does, without a client's own copy of any kernel."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -193,17 +195,20 @@ def test_a_client_with_broken_data_is_left_out(sum_tells, monkeypatch):
 
 
 def test_no_client_has_a_copy_of_a_kernel():
-    """No value of the round has the axes [client, slot, ...] of an expert's kernels, or [client, ...] of the head's."""
+    """No value of the round holds more kernels of experts than the model has, or heads than one, however its axes are."""
     wide = dict(hidden=64, expert_hidden=96)
     data, clients = population(), 8
     options = dict(of=small_round.model(**wide), cohort_size=clients, aligner=small_round.aligner("balanced"), solo_examples=4)
-    largest = {}
+    most = {}
     for engine in ("primal", "dual"):
         step = algorithm(engine=engine, **options)
         state = step.init(small_round.KEY, data)
         text = step.step.lower(state, data).as_text()
-        largest[engine] = any(f"tensor<{clients}x{shape}xf32>" in text for shape in ("2x64x96", "2x96x64", "64x3", "3x64x96", "4x64x96"))
-    assert largest == {"primal": True, "dual": False}
+        for kernel in ("(?:64x96|96x64)", "64x3"):
+            axes = re.findall(rf"tensor<((?:\d+x)*){kernel}x(?:f32|bf16)>", text)
+            most[engine, kernel] = max(math.prod(map(int, leading.split("x")[:-1])) for leading in axes)
+    assert most["dual", "(?:64x96|96x64)"] == small_round.EXPERTS and most["primal", "(?:64x96|96x64)"] >= 2 * clients
+    assert most["dual", "64x3"] == 1 and most["primal", "64x3"] == clients
 
 
 OTHERS = {
