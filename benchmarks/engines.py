@@ -1,10 +1,11 @@
 """Local training by the primal and by the dual engine: FedAvg of an MLP, and experts of several widths.
 
-    python benchmarks/engines.py --cases fedavg experts uneven --engines primal auto > benchmarks/results/engines.jsonl
+    python benchmarks/engines.py --cases fedavg clipped experts uneven --engines primal auto > benchmarks/results/engines.jsonl
 
 One JSON line a figure: milliseconds of a round, the rounds being in one compiled loop, and the same of one centralised step
 on as many tokens. The MLP is 784-128-10 with 60 examples a client, batches of 20; experts get tokens in bfloat16, each sent
-to one of a client's slots, with a token capacity of 1. Experts are spread evenly over clients, or at random (uneven).
+to one of a client's slots, with a token capacity of 1. Experts are spread evenly over clients, or at random (uneven). Updates
+of the MLP are as they are, or clipped to a norm.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from fedmoe_jax.training.metrics import environment
 EXPERTS = [(256, 64, 2, 128, 512, 2048, 4), (256, 64, 4, 256, 512, 2048, 4), (64, 16, 2, 512, 1024, 4096, 4)]
 SMALL = [(16, 8, 2, 32, 64, 128, 3)]
 FEDAVG = [(1000, 100), (10000, 1000)]
+CASES = ["fedavg", "clipped", "experts", "uneven", "small"]
 
 
 class Dense(nnx.Module):
@@ -87,6 +89,13 @@ def experts(clients, number, slots, tokens, width, hidden, steps, aligner=fm.ali
             client_optimizer=optax.sgd(0.02),
         ),
     )
+
+
+def clipped(clients, cohort):
+    """FedAvg of clipped updates."""
+    population, model, loss, options = fedavg(clients, cohort)
+    clip = fm.aggregation.clip(norm=0.5)
+    return population, model, loss, options | dict(aggregator=fm.aggregation.chain(clip, fm.aggregation.mean()))
 
 
 def split(x, y, clients):
@@ -149,7 +158,7 @@ def measure(made, engine, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=("fedavg", "experts", "uneven", "small"), default=["fedavg", "experts", "uneven"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES[:-1])
     parser.add_argument("--engines", nargs="+", choices=("primal", "auto", "dual"), default=["primal", "auto"])
     parser.add_argument("--rounds", type=int, default=10)
     arguments = parser.parse_args()
@@ -162,6 +171,7 @@ def main():
 
     rows = (
         [("fedavg", fedavg, row) for row in FEDAVG]
+        + [("clipped", clipped, row) for row in FEDAVG]
         + [("experts", experts, row) for row in EXPERTS]
         + [("uneven", functools.partial(experts, aligner=fm.alignment.random), row) for row in (EXPERTS[0], EXPERTS[2])]
         + [("small", experts, row) for row in SMALL]

@@ -235,8 +235,8 @@ class ClientUpdate:
     """What clients return: delta = local - global of the shared part and of each slot, and what weighs it.
 
     Absent clients have `examples` 0 and `tokens` 0; their deltas may hold anything finite. A delta is an array, [client, ...]
-    or [client, slot, ...], or where an aggregator needs no more than sums a `kernels.DualDelta`, see `kernels.shared_sum` and
-    `experts.combine`.
+    or [client, slot, ...], or where an aggregator needs no more than sums and norms a `kernels.DualDelta`, see `kernels.shared_sum`,
+    `experts.combine` and `norms`.
     """
 
     shared: PyTree

@@ -138,7 +138,7 @@ def shared_sum(delta: Any, weight: Float[Array, " client"]) -> Float[Array, "...
     for rows in delta.history:
         inputs, gradients = rows.inputs[:, 0], rows.gradients[:, 0]
         gradients = (gradients * (weight[:, None] * rows.weight)[..., None]).astype(gradients.dtype)
-        if _is_places(inputs):
+        if is_places(inputs):
             total = total.at[inputs].add(gradients)
         else:
             total += _sum_of_products(inputs, gradients)
@@ -162,29 +162,20 @@ def _sum_of_products(inputs, gradients):
     return jnp.einsum("prd,prh->pdh", inputs, gradients, preferred_element_type=jnp.float32).sum(0)
 
 
-def form(delta: DualDelta) -> Float[Array, "client feature hidden"]:
-    """What each client added to a shared kernel. Large: take few clients at a time."""
-    total = delta.shrink[:, None, None] * delta.base
-    for rows in delta.history:
-        inputs = rows.inputs
-        if _is_places(inputs):
-            inputs = jax.nn.one_hot(inputs, delta.base.shape[0], dtype=rows.parts[0].dtype)
-        total += jnp.einsum("clrd,cr,clrh->cdh", inputs, rows.weight, rows.gradients, preferred_element_type=jnp.float32)
-    return total
+def form(delta: DualDelta, *, chunk_size: int | None = None) -> Float[Array, "client feature hidden"]:
+    """What each client added to a shared kernel, that of `chunk_size` clients at a time, all if None."""
 
+    def one(client):
+        shrink, history = client
+        total = shrink * delta.base
+        for rows in history:
+            inputs = rows.inputs
+            if is_places(inputs):
+                inputs = jax.nn.one_hot(inputs, delta.base.shape[0], dtype=rows.parts[0].dtype)
+            total += jnp.einsum("lrd,r,lrh->dh", inputs, rows.weight, rows.gradients, preferred_element_type=jnp.float32)
+        return total
 
-def squared_norm(delta: DualDelta) -> Float[Array, " client"]:
-    """The squared Frobenius norm of what each client added to a shared kernel, from Gram matrices of its rows."""
-
-    def joined(name):
-        return jnp.concatenate([getattr(rows, name)[:, 0] for rows in delta.history], axis=1)
-
-    inputs, gradients = joined("inputs"), joined("gradients").astype(jnp.float32)
-    inputs = inputs if _is_places(inputs) else inputs.astype(jnp.float32)
-    gradients *= jnp.concatenate([rows.weight for rows in delta.history], axis=1)[..., None]
-    product = (_gram(inputs, inputs) * _gram(gradients, gradients)).sum((1, 2))
-    along = jnp.einsum("crh,crh->c", _times(inputs, delta.base, None).astype(jnp.float32), gradients)
-    return product + 2 * delta.shrink * along + delta.shrink**2 * (delta.base**2).sum()
+    return jax.lax.map(one, (delta.shrink, delta.history), batch_size=chunk_size or delta.shrink.shape[0])
 
 
 def expert_sum(
@@ -194,7 +185,7 @@ def expert_sum(
     shrink = jax.ops.segment_sum((weight * delta.shrink[:, None]).reshape(-1), held.reshape(-1), num_experts + 1)[:-1]
     history = delta.history
     if history[0].slot is not None:  # the one lane of all steps falls into tiles, each of a slot
-        history = (_joined(history),)
+        history = (joined(history),)
         slot = jnp.asarray(history[0].slot)
         held, weight = (jnp.take_along_axis(a, slot, axis=1) for a in (held, weight))
 
@@ -212,17 +203,21 @@ def slot_deltas(delta: DualDelta, place: Int[Array, "client slot"]) -> Float[Arr
     return expert_sum(delta, place, jnp.ones(place.shape), delta.base.shape[0])[place]
 
 
-def _joined(history: tuple[History, ...]) -> History:
+def joined(history: tuple[History, ...]) -> History:
     """The rows and tiles of all steps."""
-    inputs, gradients = (jnp.concatenate([getattr(rows, name) for rows in history], axis=2) for name in ("inputs", "gradients"))
-    weight, slot = (jnp.concatenate([getattr(rows, name) for rows in history], axis=1) for name in ("weight", "slot"))
-    return History(inputs, (gradients,), weight, slot)
+
+    def of_all(name, axis):
+        return jnp.concatenate([getattr(rows, name) for rows in history], axis=axis)
+
+    return History(
+        of_all("inputs", 2), (of_all("gradients", 2),), of_all("weight", 1), None if history[0].slot is None else of_all("slot", 1)
+    )
 
 
 def _product(x, kernel: DualKernel, expert) -> Float[Array, "group row hidden"]:
     index = kernel.held if expert is None or kernel.held is None else kernel.held[expert]
     if not kernel.tap:
-        return _times(x, kernel.base, index)
+        return times(x, kernel.base, index)
     if kernel.ahead:
         return _product_ahead(x, kernel.ahead, kernel.scale, kernel.history, kernel.tap)
     return _dual(x, kernel.base, index, kernel.scale, kernel.history, expert, kernel.tap)
@@ -241,7 +236,7 @@ def _forward(x, base, index, scale, history, slot, tap):
 
 def _backward(kept, g):
     x, base, index, scale, history, slot = kept
-    if _is_places(x):
+    if is_places(x):
         return None, None, None, None, None, None, (x.astype(jnp.float32), g)
     parts = [_part(g, rows.gradients, rows.inputs, rows, slot) for rows in history]
     back = _sum_of_parts(g, jnp.swapaxes(base, -1, -2), index, scale, parts)
@@ -266,13 +261,14 @@ def _product_ahead(x, ahead, scale, history, tap):
 _product_ahead.defvjp(lambda x, *args: (_product_ahead(x, *args), x), lambda x, g: (None, None, None, None, (x, g)))
 
 
-def _is_places(x: Array) -> bool:
+def is_places(x: Array) -> bool:
     """Whether these are the places of one-hot rows."""
     return jnp.issubdtype(x.dtype, jnp.integer)
 
 
-def _times(x, base, index):
-    if _is_places(x):
+def times(x: Array, base: Array, index: Int[Array, " group"] | None) -> Float[Array, "*rows hidden"]:
+    """x W, also of one-hot rows, W being the base of all groups or of the expert of each."""
+    if is_places(x):
         return base[x]
     base = base.astype(x.dtype)
     return x @ base if index is None else grouped.matmul(x, base, index)
@@ -280,9 +276,9 @@ def _times(x, base, index):
 
 def _sum_of_parts(x, base, index, scale, parts: list[Part]) -> Float[Array, "group row width"]:
     """scale x W and the parts: those of groups' own rows in one pass with it, those of tiles of all groups' rows after it."""
-    if index is not None and not _is_places(x) and all(part.mix.shape[0] == x.shape[0] for part in parts):
+    if index is not None and not is_places(x) and all(part.mix.shape[0] == x.shape[0] for part in parts):
         return grouped.matmul(x, base.astype(x.dtype), index, scale, parts)
-    product = _times(x, base, index)
+    product = times(x, base, index)
     y = (scale * product).astype(product.dtype)
     for part in parts:
         y = y + jnp.einsum("lrn,lnh->lrh", part.mix, part.values).reshape(y.shape)
@@ -291,16 +287,16 @@ def _sum_of_parts(x, base, index, scale, parts: list[Part]) -> Float[Array, "gro
 
 def _part(x, into, out, rows: History, slot) -> Part:
     """What these rows add to x W, or with `into` and `out` exchanged to x W^T."""
-    gram = _gram(x.reshape(into.shape[0], -1, *into.shape[2:]), into)
-    gram = (gram * rows.weight).astype(out.dtype)
+    mix = gram(x.reshape(into.shape[0], -1, *into.shape[2:]), into)
+    mix = (mix * rows.weight).astype(out.dtype)
     if rows.slot is not None:
         own, theirs = jnp.repeat(slot, x.shape[1]), jnp.repeat(rows.slot, into.shape[1] // rows.slot.shape[0])
-        gram = jnp.where(own[:, None] == theirs, gram, 0)
-    return Part(gram, out)
+        mix = jnp.where(own[:, None] == theirs, mix, 0)
+    return Part(mix, out)
 
 
-def _gram(x, other) -> Float[Array, "lane row other_row"]:
+def gram(x: Array, other: Array) -> Float[Array, "lane row other_row"]:
     """Products of all rows with all others, also of one-hot rows."""
-    if _is_places(x):
+    if is_places(x):
         return (x[:, :, None] == other[:, None, :]).astype(jnp.float32)
     return jnp.einsum("lrd,lnd->lrn", x, other)

@@ -15,6 +15,7 @@ FOUNDATION = {
     "grouped",
     "mass",
     "kernels",
+    "norms",
     "conditional",
     "corrected",
     "probe",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fedmoe_jax import kernels
+from fedmoe_jax import kernels, norms
 from fedmoe_jax.kernels import DualDelta, DualKernel, History
 from fedmoe_jax.probe import Probe
 
@@ -40,7 +40,7 @@ def formed(delta):
 def test_deltas_on_request_and_norms_without_them(table):
     delta = delta_of(table)
     np.testing.assert_allclose(kernels.form(delta), formed(delta), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(kernels.squared_norm(delta), (formed(delta) ** 2).sum((1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(norms.squared_norm(delta), (formed(delta) ** 2).sum((1, 2)), rtol=1e-4)
     np.testing.assert_allclose(
         kernels.shared_sum(delta, jnp.array([1.0, 0.0, 2.0])), formed(delta)[0] + 2 * formed(delta)[2], rtol=1e-4, atol=1e-5
     )

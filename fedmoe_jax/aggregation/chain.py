@@ -1,5 +1,6 @@
 """What clients do to their updates before they send them: transforms, in a chain that ends in an aggregator."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from fedmoe_jax import store
 from fedmoe_jax.base import NO_EXPERT, Aggregator, ClientUpdate, pytree, stage_key
 from fedmoe_jax.experts import map_groups
+from fedmoe_jax.kernels import is_dual
+from fedmoe_jax.norms import scaled
 
 
 @pytree
@@ -39,6 +42,8 @@ class Transform(NamedTuple):
     wire(wire) -> wire says what it does to what travels. `order` is its place: in a chain it goes up. With `error_feedback`
     a client keeps what this transform and those after it leave out, and adds it the next time. `bound` is the norm that it promises,
     a `clip.Bound`. One that acts in the aggregator has no `apply`: around(bound, aggregator) -> aggregator is what it makes of that.
+    One that multiplies a client's whole update by a number also has factor(update, sends, names) -> that of each client, which reads no
+    more of a `kernels.DualDelta` than its norm; `sends` are the slots that count.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Transform(NamedTuple):
     error_feedback: bool = False
     bound: Any = None
     around: Callable[[Any, Aggregator], Aggregator] | None = None
+    factor: Callable[..., Float[Array, " client"]] | None = None
 
     def num_bytes(self, values: int, bits: int) -> int:
         """Bytes on the link of a tensor that has so many values of so many bits without compression."""
@@ -147,7 +153,8 @@ def chain(*parts: Any) -> Aggregator:
       parts: transforms, in ascending order, then an aggregator.
 
     Returns:
-      The aggregator, as it is where no transform changes what clients send. It needs "deltas" of each client otherwise.
+      The aggregator, as it is where no transform changes what clients send. Where all that they do is to multiply whole updates, and it
+      needs sums, it needs "norms" of each client, else "deltas".
 
     Raises:
       ValueError: if the last part is no aggregator, another one is no transform, the order is wrong, or two of them do not go together.
@@ -194,7 +201,7 @@ def chain(*parts: Any) -> Aggregator:
             arrived = only_sent(travel(after, key, wanted, (held + 1,), names))
             return arrived, jax.tree.map(jnp.subtract, wanted, arrived)
 
-        sends = good[:, None] & (update.held != NO_EXPERT) & (update.tokens > 0)
+        sends = _sends(good, update)
         (experts, shared), residual = jax.vmap(one)(keys, client, good, update.held, sends, (update.experts, update.shared))
         sent = ClientUpdate(shared, experts, update.held, update.examples, update.tokens)
         if kept is None:
@@ -202,12 +209,27 @@ def chain(*parts: Any) -> Aggregator:
         slots = jnp.where(sends, update.held, NO_EXPERT)
         return sent, (store.put_slots(kept[0], client, good, slots, residual[0], names), store.put(kept[1], client, good, residual[1]))
 
-    encoder = Encoder(init, apply, lambda values, bits: num_bytes(transforms, values, bits))
-    return aggregator._replace(needs="deltas", encoder=encoder)
+    def multiply(kept, keys, client, good, update, names):
+        sends = _sends(good, update)
+        for transform in transforms:
+            by = transform.factor(update, sends, names)
+            shared = jax.tree.map(lambda delta, by=by: scaled(delta, by), update.shared, is_leaf=is_dual)
+            experts = map_groups(lambda sends, delta, by=by: scaled(_masked(sends, delta), by), names, sends, update.experts)
+            update = dataclasses.replace(update, shared=shared, experts=experts)
+        return update, kept
+
+    multiplies = aggregator.needs == "sum" and all(transform.factor is not None for transform in transforms)
+    encoder = Encoder(init, multiply if multiplies else apply, lambda values, bits: num_bytes(transforms, values, bits))
+    return aggregator._replace(needs="norms" if multiplies else "deltas", encoder=encoder)
+
+
+def _sends(good, update: ClientUpdate) -> Bool[Array, "client slot"]:
+    return good[:, None] & (update.held != NO_EXPERT) & (update.tokens > 0)
 
 
 def _masked(sends, leaf):
-    return jnp.where(sends.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0)
+    """What is not sent is 0; of a `DualDelta` it weighs nothing."""
+    return leaf if is_dual(leaf) else jnp.where(sends.reshape(*sends.shape, *(1,) * (leaf.ndim - sends.ndim)), leaf, 0)
 
 
 def _checked(parts) -> tuple[tuple[Transform, ...], Aggregator]:

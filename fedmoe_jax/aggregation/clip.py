@@ -3,10 +3,16 @@
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from fedmoe_jax.aggregation.chain import Message, Transform
 from fedmoe_jax.aggregation.robust import norms
+from fedmoe_jax.base import NO_EXPERT, ClientUpdate
+from fedmoe_jax.experts import map_groups
+from fedmoe_jax.kernels import is_dual
+from fedmoe_jax.norms import squared_norm
 
 CLIP = 10
 """Place in a chain: before what compresses."""
@@ -47,7 +53,31 @@ def clip(*, norm: float) -> Transform:
 
         return tuple([scaled(message) for message in part] for part in messages)
 
-    return Transform("clip", CLIP, apply, lambda wire: wire, bound=Bound(float(norm)))
+    def factor(update: ClientUpdate, sends: Any, names: tuple[str | None, ...]) -> Any:
+        whole = _norms(update, sends, names)
+        return jnp.where(whole <= norm, 1.0, jnp.where(whole < jnp.inf, norm / whole, 0.0))
+
+    return Transform("clip", CLIP, apply, lambda wire: wire, bound=Bound(float(norm)), factor=factor)
+
+
+def _norms(update: ClientUpdate, sends: Bool[Array, "client slot"], names: tuple[str | None, ...]) -> Float[Array, " client"]:
+    """The norm of each client's update: of the shared part and of the experts in the slots that it sends."""
+
+    def of_slots(rows, delta):
+        sends, held = rows
+        if is_dual(delta):
+            number = delta.base.shape[0]
+            each = jnp.sqrt(squared_norm(delta, jnp.where(held == NO_EXPERT, number, held % number)))
+        else:
+            each = norms(delta.reshape(sends.size, -1).astype(jnp.float32)).reshape(sends.shape)
+        return norms(jnp.where(sends, each, 0))
+
+    def of_shared(delta):
+        return jnp.sqrt(squared_norm(delta)) if is_dual(delta) else norms(delta.reshape(len(sends), -1).astype(jnp.float32))
+
+    experts = map_groups(of_slots, names, (sends, update.held), update.experts)
+    shared = jax.tree.map(of_shared, update.shared, is_leaf=is_dual)
+    return norms(jnp.stack([*jax.tree.leaves(experts), *jax.tree.leaves(shared)], axis=1))
 
 
 def adaptive_clip(*, norm: float, deviation: float, quantile: float = 0.5, rate: float = 0.2) -> Transform:

@@ -243,7 +243,8 @@ class Trainer(NamedTuple):
 
     def _sum_tells(self, deltas, total) -> bool:
         """Whether to look at the sum alone, not finite where a delta is not: where nothing else is made of deltas, and it is smaller."""
-        alone = self.aggregator.needs == "sum" and self.aggregator.encoder is None
+        needs = self.aggregator.needs
+        alone = needs == "norms" or (needs == "sum" and self.aggregator.encoder is None)  # a multiple of what is not finite is neither
         alone &= not self.control_variates and self.reject_above is None
         return alone and bytes_of(deltas) > 10 * bytes_of(total)  # to write it, read it and read it again must cost next to nothing
 

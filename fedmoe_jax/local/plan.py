@@ -67,7 +67,7 @@ def chosen(
     reason = None
     if engine != "primal" and control_variates:
         reason = "control_variates are added to each client's gradients"
-    elif engine != "primal" and aggregator.needs != "sum":
+    elif engine != "primal" and aggregator.needs == "deltas":
         reason = f"the aggregator needs {aggregator.needs} of each client"
     elif engine != "primal" and reject_above is not None:
         reason = "reject_above looks at the norm of each client's update"
