@@ -147,7 +147,7 @@ def test_a_run_is_traced_once_also_with_a_shorter_last_block():
     state, block = alg.init(KEY, data), rounds(alg.step, 3)
     for count in (3, 3, 2):
         state, _ = block(state, data, count)
-    assert len(calls) == 1 and state.round == 8
+    assert len(calls) == 1 and state.round == 8 and block._cache_size() == 1
 
 
 @pytest.mark.parametrize("name", ["greedy", pytest.param("balanced", marks=pytest.mark.slow)])
@@ -160,6 +160,7 @@ def test_blocks_equal_single_steps_and_a_seed_gives_the_same_bits(name):
     whole, _ = rounds(alg.step, 3)(alg.init(KEY, data), data)
     close(whole, state)
     steps, last = run(alg, data, 3)
+    assert alg.step._cache_size() == 1, "a round must not be compiled again"
     close(state, steps)
     close(jax.tree.map(lambda rows: rows[2], infos), last)
     assert all((np.asarray(rows[3]) == 0).all() for rows in jax.tree.leaves(infos))
@@ -174,14 +175,15 @@ def test_blocks_equal_single_steps_and_a_seed_gives_the_same_bits(name):
         np.testing.assert_allclose(getattr(last, field), value, rtol=1e-4, err_msg=field)
 
 
-def _shapes(jaxpr):
-    """Shapes of every intermediate of a program, loops and calls included."""
+def _made(jaxpr):
+    """Shape and primitive of every intermediate of a program, loops and calls included."""
     for equation in jaxpr.eqns:
-        yield from (tuple(v.aval.shape) for v in equation.outvars if hasattr(v.aval, "shape"))
         inner = jax.tree.leaves(equation.params, is_leaf=lambda p: isinstance(p, core.Jaxpr | core.ClosedJaxpr))
-        for value in inner:
-            if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
-                yield from _shapes(getattr(value, "jaxpr", value))
+        programs = [value for value in inner if isinstance(value, core.Jaxpr | core.ClosedJaxpr)]
+        name = "a program" if programs else equation.primitive.name
+        yield from ((tuple(v.aval.shape), name) for v in equation.outvars if hasattr(v.aval, "shape"))
+        for value in programs:
+            yield from _made(getattr(value, "jaxpr", value))
 
 
 def test_a_client_costs_its_slots_not_the_experts():
@@ -192,9 +194,32 @@ def test_a_client_costs_its_slots_not_the_experts():
         state = alg.init(KEY, data)
         flops[experts] = count_flops(alg.step, state, data)
     assert flops[64] <= 1.1 * flops[4]
-    shapes = set(_shapes(jax.make_jaxpr(alg.step)(state, data).jaxpr))
+    shapes = {shape for shape, _ in _made(jax.make_jaxpr(alg.step)(state, data).jaxpr)}
     assert (CLIENTS, slots, 8, 6) in shapes  # the weights of the slots of each client: the walk sees them
     assert not [shape for shape in shapes if 64 in shape and np.prod(shape) >= CLIENTS * 64 * 8 * 6]
+
+
+def test_a_million_clients_cost_no_more_than_a_thousand():
+    """Nothing of the size of the population is made but states in which the rows of the cohort are replaced."""
+    data, flops = population(), {}
+    alg = algorithm(model(64), aligner=aligner("balanced", num_experts=64, max_slots=4))
+    for number in (1000, 1_000_000):
+        sizes = {CLIENTS: number, CLIENTS + 1: number + 1, len(data.order): 4 * number}
+        large = jax.tree.map(lambda leaf, of=sizes: jax.ShapeDtypeStruct((of[len(leaf)], *leaf.shape[1:]), leaf.dtype), data)
+        state = jax.eval_shape(alg.init, KEY, large)
+        flops[number] = count_flops(alg.step, state, large)
+    assert flops[1_000_000] == flops[1000]
+    made = {name for shape, name in _made(jax.make_jaxpr(alg.step)(state, large).jaxpr) if max(shape, default=0) >= number}
+    assert made == {"scatter", "a program"}
+
+
+@pytest.mark.parametrize("engine", ["primal", "dual"])
+def test_weights_stay_in_float32_where_layers_compute_in_bfloat16(engine):
+    alg = algorithm(model(dtype=jnp.bfloat16), engine=engine)
+    state = jax.eval_shape(alg.init, KEY, population())
+    assert "bf16" in str(jax.make_jaxpr(alg.step)(state, population()))
+    for leaf in jax.tree.leaves(jax.eval_shape(alg.step, state, population())[0]):
+        assert not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(("name", "client"), [("greedy", 0), pytest.param("balanced", 2, marks=pytest.mark.slow)])
