@@ -1,7 +1,8 @@
 """Kernels of our own on NVIDIA GPUs.
 
 For chains of small steps, each of which would be a kernel or wait for the host, for factors of a product that would be written
-down to be read once, and for sums of products, each of which would be. In a `shard_map` of one's own they need `check_vma=False`.
+down to be read once, and for sums of products, each of which would be written down. In a `shard_map` of one's own they need
+`check_vma=False`.
 
 They are Pallas' for Triton, which JAX means to give up: where it has gone, or will not run, all is done without.
 """

@@ -11,19 +11,23 @@ from jaxtyping import Array, Float, Int
 from fedmoe_jax.kernels import DualDelta, History, gram, is_dual, is_places, joined, times
 
 
-def squared_norm(delta: DualDelta, held: Int[Array, "client slot"] | None = None) -> Float[Array, "client *slot"]:
-    """The squared Frobenius norm of what each client added to a shared kernel, or to that of each slot, from Gram matrices of its rows.
+def frobenius(delta: DualDelta, held: Int[Array, "client slot"] | None = None) -> Float[Array, "client *slot"]:
+    """The Frobenius norm of what each client added to a shared kernel, or to that of each slot, from Gram matrices of its rows.
+
+    Squares are of numbers that were divided by powers of two, so that they overflow no sooner than the norm. Where rows cancel, it is
+    off by as much as float32 rounds their sums; where it is no number of float32, it is infinite or NaN.
 
     Args:
-      held: the expert in each slot, its number if empty being that of the experts; None for a shared kernel.
+      held: the expert in each slot, the number of experts where it has none, which counts as zero; None for a shared kernel.
     """
-    rows = _in_one(delta.history)
-    inputs = rows.inputs if is_places(rows.inputs) else rows.inputs.astype(jnp.float32)
-    gradients = rows.gradients.astype(jnp.float32) * rows.weight[:, None, :, None]
+    rows = delta.history[0] if len(delta.history) == 1 else joined(delta.history)
+    inputs, of_inputs = (rows.inputs, 0) if is_places(rows.inputs) else _even(rows.inputs)
+    gradients, of_gradients = _even(rows.gradients.astype(jnp.float32) * rows.weight[:, None, :, None])
+    base, of_base = _even(delta.base[None])
 
     def along():
         """The product of base and what was added to it."""
-        return _of_slots((_based(inputs, delta.base, held, rows.slot) * gradients).sum(-1), rows, held)
+        return _of_slots((_based(inputs, base[0], held, rows.slot) * gradients).sum(-1), rows, held)
 
     with jax.default_matmul_precision("highest"):
         pairs = jax.vmap(gram)(inputs, inputs) * jax.vmap(gram)(gradients, gradients)
@@ -34,10 +38,12 @@ def squared_norm(delta: DualDelta, held: Int[Array, "client slot"] | None = None
             product = _of_slots(pairs.sum(-1), rows, held)
         product = jnp.maximum(product, 0)
         straight = lax.cond((delta.shrink != 0).any(), along, lambda: jnp.zeros_like(product))  # with weight decay or prox
-    shrink = delta.shrink.reshape(-1, *(1,) * (product.ndim - 1))
-    whole = jnp.square(delta.base.astype(jnp.float32)).sum((-2, -1))
+    whole = jnp.square(base[0].astype(jnp.float32)).sum((-2, -1))
     whole = whole if held is None else jnp.append(whole, 0)[held]
-    return jnp.maximum(product + 2 * shrink * straight + shrink**2 * whole, 0)
+    made, shrunk = jnp.ldexp(1.0, of_inputs + of_gradients), delta.shrink * jnp.ldexp(1.0, of_base)
+    unit = jnp.maximum(jnp.maximum(made, jnp.abs(shrunk)), jnp.finfo(jnp.float32).tiny)
+    made, shrunk, unit = (a.reshape(-1, *(1,) * (product.ndim - 1)) for a in (made / unit, shrunk / unit, unit))
+    return unit * jnp.sqrt(jnp.maximum(made**2 * product + 2 * made * shrunk * straight + shrunk**2 * whole, 0))
 
 
 def scaled(delta: Any, factor: Float[Array, " client"]) -> Any:
@@ -48,9 +54,11 @@ def scaled(delta: Any, factor: Float[Array, " client"]) -> Any:
     return dataclasses.replace(delta, history=history, shrink=delta.shrink * factor)
 
 
-def _in_one(history: tuple[History, ...]) -> History:
-    """All rows: tiles of all steps in one lane, others side by side in theirs."""
-    return history[0] if len(history) == 1 else joined(history)
+def _even(values: Float[Array, "client *axes"]) -> tuple[Float[Array, "client *axes"], Int[Array, " client"]]:
+    """The values over a power of two that is at most the largest of each client, in float32, and which power that is."""
+    values = values.astype(jnp.float32)
+    _, power = jnp.frexp(jnp.abs(values).max(axis=range(1, values.ndim)))
+    return jnp.ldexp(values, -power.reshape(-1, *(1,) * (values.ndim - 1))), power
 
 
 def _whose(rows: History, held) -> Float[Array, "client row slot"]:

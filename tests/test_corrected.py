@@ -70,3 +70,11 @@ def test_kernels_leave_large_tiles_of_float32_and_those_in_full_precision_alone(
     assert not _fits(tiles, parts)
     with jax.default_matmul_precision("high"):
         assert _fits(tiles, parts) and not _fits(large, parts)
+
+
+def test_a_kernel_is_told_places_that_are_there(monkeypatch):
+    tiles, scale, parts = case(jnp.bfloat16)
+    told = []
+    monkeypatch.setattr(gpu, "call", lambda *_, **__: lambda product, places, *others: told.append(places) or product[:GROUPS])
+    in_a_kernel(tiles, scale, parts)
+    assert int(told[0].max()) < TILES and tiles.place.max() >= TILES

@@ -40,7 +40,7 @@ def formed(delta):
 def test_deltas_on_request_and_norms_without_them(table):
     delta = delta_of(table)
     np.testing.assert_allclose(kernels.form(delta), formed(delta), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(norms.squared_norm(delta), (formed(delta) ** 2).sum((1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(norms.frobenius(delta), (formed(delta) ** 2).sum((1, 2)) ** 0.5, rtol=1e-4)
     np.testing.assert_allclose(
         kernels.shared_sum(delta, jnp.array([1.0, 0.0, 2.0])), formed(delta)[0] + 2 * formed(delta)[2], rtol=1e-4, atol=1e-5
     )

@@ -53,7 +53,7 @@ class Transform(NamedTuple):
     error_feedback: bool = False
     bound: Any = None
     around: Callable[[Any, Aggregator], Aggregator] | None = None
-    factor: Callable[..., Float[Array, " client"]] | None = None
+    factor: Callable[[ClientUpdate, Bool[Array, "client slot"], tuple[str | None, ...]], Float[Array, " client"]] | None = None
 
     def num_bytes(self, values: int, bits: int) -> int:
         """Bytes on the link of a tensor that has so many values of so many bits without compression."""
@@ -214,7 +214,7 @@ def chain(*parts: Any) -> Aggregator:
         for transform in transforms:
             by = transform.factor(update, sends, names)
             shared = jax.tree.map(lambda delta, by=by: scaled(delta, by), update.shared, is_leaf=is_dual)
-            experts = map_groups(lambda sends, delta, by=by: scaled(_masked(sends, delta), by), names, sends, update.experts)
+            experts = map_groups(lambda sends, delta, by=by: scaled(_sent(sends, delta), by), names, sends, update.experts)
             update = dataclasses.replace(update, shared=shared, experts=experts)
         return update, kept
 
@@ -227,9 +227,13 @@ def _sends(good, update: ClientUpdate) -> Bool[Array, "client slot"]:
     return good[:, None] & (update.held != NO_EXPERT) & (update.tokens > 0)
 
 
+def _sent(sends, delta):
+    """What is not sent is 0, or not finite where it was not; of a `DualDelta` it weighs nothing."""
+    return delta if is_dual(delta) else delta * sends.reshape(*sends.shape, *(1,) * (delta.ndim - 2)).astype(delta.dtype)
+
+
 def _masked(sends, leaf):
-    """What is not sent is 0; of a `DualDelta` it weighs nothing."""
-    return leaf if is_dual(leaf) else jnp.where(sends.reshape(*sends.shape, *(1,) * (leaf.ndim - sends.ndim)), leaf, 0)
+    return jnp.where(sends.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, 0)
 
 
 def _checked(parts) -> tuple[tuple[Transform, ...], Aggregator]:

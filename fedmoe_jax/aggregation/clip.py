@@ -12,7 +12,7 @@ from fedmoe_jax.aggregation.robust import norms
 from fedmoe_jax.base import NO_EXPERT, ClientUpdate
 from fedmoe_jax.experts import map_groups
 from fedmoe_jax.kernels import is_dual
-from fedmoe_jax.norms import squared_norm
+from fedmoe_jax.norms import frobenius
 
 CLIP = 10
 """Place in a chain: before what compresses."""
@@ -32,7 +32,7 @@ def clip(*, norm: float) -> Transform:
 
     Experts that got no token, and router rows that stay on the client, are not sent and do not count. Where a later transform has error
     feedback, what a client kept earlier comes on top of the clipped update. Where the chain has `gaussian_noise`, the server clips what
-    arrives once more, to the same norm.
+    arrives once more, to the same norm. The norm is as exact as float32; an update whose norm is no number of that type counts as zero.
 
     Args:
       norm: above 0.
@@ -53,7 +53,7 @@ def clip(*, norm: float) -> Transform:
 
         return tuple([scaled(message) for message in part] for part in messages)
 
-    def factor(update: ClientUpdate, sends: Any, names: tuple[str | None, ...]) -> Any:
+    def factor(update: ClientUpdate, sends: Bool[Array, "client slot"], names: tuple[str | None, ...]) -> Float[Array, " client"]:
         whole = _norms(update, sends, names)
         return jnp.where(whole <= norm, 1.0, jnp.where(whole < jnp.inf, norm / whole, 0.0))
 
@@ -67,13 +67,13 @@ def _norms(update: ClientUpdate, sends: Bool[Array, "client slot"], names: tuple
         sends, held = rows
         if is_dual(delta):
             number = delta.base.shape[0]
-            each = jnp.sqrt(squared_norm(delta, jnp.where(held == NO_EXPERT, number, held % number)))
+            each = frobenius(delta, jnp.where(held == NO_EXPERT, number, held % number))
         else:
             each = norms(delta.reshape(sends.size, -1).astype(jnp.float32)).reshape(sends.shape)
         return norms(jnp.where(sends, each, 0))
 
     def of_shared(delta):
-        return jnp.sqrt(squared_norm(delta)) if is_dual(delta) else norms(delta.reshape(len(sends), -1).astype(jnp.float32))
+        return frobenius(delta) if is_dual(delta) else norms(delta.reshape(len(sends), -1).astype(jnp.float32))
 
     experts = map_groups(of_slots, names, (sends, update.held), update.experts)
     shared = jax.tree.map(of_shared, update.shared, is_leaf=is_dual)

@@ -183,6 +183,7 @@ class Trainer(NamedTuple):
         steps = primal.num_steps(population.max_examples, **sizes)
         balance = plan.BALANCE.get(jax.default_backend(), plan.BALANCE["gpu"])
         options: dict[str, Any] = dict(slots=self.max_slots, probes=self.probes, steps=steps, engine=self.engine, balance=balance)
+        options["norms"] = self.aggregator.needs == "norms"
         choices = plan.engines(self.parts, self.loss_fn, batch_shape(population, self.batch_size), **options)
         if self.engine == "auto" and spread.Links(self.mesh).shards > 1:
             choices = plan.without_dual_experts(choices, len(jax.tree.leaves(self.parts.experts)))
@@ -242,9 +243,8 @@ class Trainer(NamedTuple):
         return train_chunk
 
     def _sum_tells(self, deltas, total) -> bool:
-        """Whether to look at the sum alone, not finite where a delta is not: where nothing else is made of deltas, and it is smaller."""
-        needs = self.aggregator.needs
-        alone = needs == "norms" or (needs == "sum" and self.aggregator.encoder is None)  # a multiple of what is not finite is neither
+        """Whether to look at the sum alone, not finite where a delta is not: it is smaller, and deltas are only multiplied and added."""
+        alone = self.aggregator.needs == ("sum" if self.aggregator.encoder is None else "norms")
         alone &= not self.control_variates and self.reject_above is None
         return alone and bytes_of(deltas) > 10 * bytes_of(total)  # to write it, read it and read it again must cost next to nothing
 

@@ -67,7 +67,7 @@ def chosen(
     reason = None
     if engine != "primal" and control_variates:
         reason = "control_variates are added to each client's gradients"
-    elif engine != "primal" and aggregator.needs == "deltas":
+    elif engine != "primal" and aggregator.needs not in ("sum", "norms"):
         reason = f"the aggregator needs {aggregator.needs} of each client"
     elif engine != "primal" and reject_above is not None:
         reason = "reject_above looks at the norm of each client's update"
@@ -98,7 +98,16 @@ BALANCE = {"cpu": 8.0, "gpu": 100.0, "tpu": 100.0}
 
 
 def engines(
-    parts: Partition, loss_fn: LossFn, batch: Batch, *, slots: int, probes: int, steps: int, engine: str, balance: float
+    parts: Partition,
+    loss_fn: LossFn,
+    batch: Batch,
+    *,
+    slots: int,
+    probes: int,
+    steps: int,
+    engine: str,
+    balance: float,
+    norms: bool = False,
 ) -> tuple[Choice, ...]:
     """The engine of each leaf of (experts, shared): the dual one for what is a factor of one product or looked up once, if it costs less.
 
@@ -108,6 +117,7 @@ def engines(
       steps: local steps of the largest client.
       engine: "auto", "primal", or "dual" for all that can be.
       balance: FLOPs that take as long as a byte of memory traffic.
+      norms: whether norms of updates are asked for.
     """
     names, leaves = _leaves(parts)
     found = [use and use._replace(known=use.known and _worth_it(use, steps)) for use in _uses(parts, loss_fn, batch, slots, leaves)]
@@ -116,11 +126,11 @@ def engines(
         if use is None:
             choices.append(Choice(name, None, 0.0, 0.0, "not a factor of one product or looked up once, or only in a transformation"))
             continue
-        primal, dual = _cost(use, leaf.shape[-2:], slots if leaf.ndim == 3 else 1, steps, balance)
+        primal, dual = _cost(use, leaf.shape[-2:], slots if leaf.ndim == 3 else 1, steps, balance, norms)
         better = engine == "dual" or (engine == "auto" and dual < primal and steps <= UNROLLED)
         reason = "asked for" if engine != "auto" else "costs less" if better else "would cost more in the dual engine"
         reason = f"more than {UNROLLED} steps" if engine == "auto" and dual < primal and not better else reason
-        saved = _saved(use, leaf, slots + probes if leaf.ndim == 3 else 1, steps) if better else 0.0
+        saved = _saved(use, leaf, slots + probes if leaf.ndim == 3 else 1, steps, norms) if better else 0.0
         choices.append(Choice(name, use if better else None, primal, dual, reason, saved))
     return tuple(choices)
 
@@ -262,12 +272,13 @@ def _use(found: tuple[Probe, bool] | None) -> Use | None:
     return Use(jax.ShapeDtypeStruct(shape, x.dtype), jax.ShapeDtypeStruct(out, x.dtype), tiled, known)
 
 
-def _cost(use: Use, width: tuple[int, ...], slots: int, steps: int, balance: float) -> tuple[float, float]:
+def _cost(use: Use, width: tuple[int, ...], slots: int, steps: int, balance: float, norms: bool = False) -> tuple[float, float]:
     """Predicted cost of a client's local training by the primal and the dual engine.
 
     Both do three products of all rows with the kernel. Primal reads the client's kernel twice a step and updates it, and in the
     end takes what it received from it, looks whether that is finite, and adds it to the sum; dual multiplies rows by the rows
-    before them, forwards and backwards, and reads those, and lays them out for the sum.
+    before them, forwards and backwards, and reads those, and lays them out for the sum. For norms primal reads what it added, and dual
+    multiplies all rows by all.
     """
     fan_in, fan_out = use.features, width[1]
     groups, rows = use.inputs.shape[:2]
@@ -276,19 +287,21 @@ def _cost(use: Use, width: tuple[int, ...], slots: int, steps: int, balance: flo
     before = total / lanes * ((steps - 1) / (2 * steps) if steps <= UNROLLED else 1.0)
     itemsize = use.inputs.dtype.itemsize
     products = 6.0 * total * fan_in * fan_out
-    primal = products + balance * (6 * steps + 5) * 4 * slots * width[0] * width[1]
+    primal = products + balance * (6 * steps + 5 + norms) * 4 * slots * width[0] * width[1]
     dual = (
         products
         + 4.0 * total * before * (fan_in + fan_out)
         + balance * itemsize * (fan_in + fan_out) * (2 * steps * lanes * before + 4 * total)
+        + norms * total * total / lanes * (2.0 * (fan_in + fan_out) + balance * 4 * 4)
     )
     return primal, dual
 
 
-def _saved(use: Use, weight: Array, received: int, steps: int) -> float:
+def _saved(use: Use, weight: Array, received: int, steps: int, norms: bool = False) -> float:
     """Bytes of a client's own weights, gradients and deltas, less those of the rows and products that take their place."""
     groups, rows = use.inputs.shape[:2]
     total, lanes = groups * rows, 1 if use.tiled else groups
     beside = use.outputs.shape[-1] + steps * total if use.known else 0  # products made before training
     history = use.inputs.dtype.itemsize * steps * total * (use.features + weight.shape[-1] + total // lanes + beside)
+    history += norms * 2 * 4 * (steps * total) ** 2 // lanes  # the products of all rows with all, of inputs and of gradients
     return 3.0 * weight.dtype.itemsize * received * weight.shape[-2] * weight.shape[-1] - history
