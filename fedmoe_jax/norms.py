@@ -14,16 +14,22 @@ from fedmoe_jax.kernels import DualDelta, History, gram, is_dual, is_places, joi
 def frobenius(delta: DualDelta, held: Int[Array, "client slot"] | None = None) -> Float[Array, "client *slot"]:
     """The Frobenius norm of what each client added to a shared kernel, or to that of each slot, from Gram matrices of its rows.
 
-    Squares are of numbers that were divided by powers of two, so that they overflow no sooner than the norm. Where rows cancel, it is
-    off by as much as float32 rounds their sums; where it is no number of float32, it is infinite or NaN.
+    Where rows cancel, it is off by as much as float32 rounds their sums, and what is less than 1e-6 may count as zero. Where squares are
+    no numbers of float32, it is found anew from rows over powers of two; where the norm itself is none, it is infinite or NaN.
 
     Args:
       held: the expert in each slot, the number of experts where it has none, which counts as zero; None for a shared kernel.
     """
+    plain = _norm(delta, held, lambda values: (values.astype(jnp.float32), jnp.zeros(len(values), jnp.int32)))
+    return lax.cond(jnp.isfinite(plain).all(), lambda: plain, lambda: _norm(delta, held, _even))
+
+
+def _norm(delta, held, even) -> Float[Array, "client *slot"]:
+    """`frobenius`, even(values) -> (values over powers of two, one for each client, and which these are)."""
     rows = delta.history[0] if len(delta.history) == 1 else joined(delta.history)
-    inputs, of_inputs = (rows.inputs, 0) if is_places(rows.inputs) else _even(rows.inputs)
-    gradients, of_gradients = _even(rows.gradients.astype(jnp.float32) * rows.weight[:, None, :, None])
-    base, of_base = _even(delta.base[None])
+    inputs, of_inputs = (rows.inputs, 0) if is_places(rows.inputs) else even(rows.inputs)
+    gradients, of_gradients = even(rows.gradients.astype(jnp.float32) * rows.weight[:, None, :, None])
+    base, of_base = even(delta.base[None])
 
     def along():
         """The product of base and what was added to it."""

@@ -74,7 +74,7 @@ def test_rows_that_add_up_to_nothing_have_no_norm():
     assert (found >= 0).all() and (found <= 1e-2).all()
 
 
-@pytest.mark.parametrize("size", [(1e12, 1e10, 0.0), (1e-25, 1e24, 0.0), (1e-12, 1e25, 1e22), (1e-20, 1e-15, 0.0), (1.0, 0.0, 1e30)])
+@pytest.mark.parametrize("size", [(1e12, 1e10, 0.0), (1e-25, 1e24, 0.0), (1e-12, 1e25, 1e22), (1.0, 0.0, 1e30)])
 @pytest.mark.parametrize("tiled", [False, True])
 def test_squares_may_be_no_numbers_of_float32(tiled, size):
     of_inputs, of_gradients, of_base = size
