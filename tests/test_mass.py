@@ -58,7 +58,7 @@ def later_chunks_lost(monkeypatch):
     right = Links.add
 
     def wrong(self, aggregator, total, *args):
-        return jax.tree.map(lambda old, new: jnp.where(total[2][1] > 0, old, new), total, right(self, aggregator, total, *args))
+        return jax.tree.map(lambda old, new: jnp.where(total[2][2] > 0, old, new), total, right(self, aggregator, total, *args))
 
     monkeypatch.setattr(Links, "add", wrong)
 
