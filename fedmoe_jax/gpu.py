@@ -42,7 +42,7 @@ def has_kernels() -> bool:
 
 
 def is_exact(dtype: Any) -> bool:
-    """Whether products of this dtype are in full float32: kernels of large ones are compiled for minutes."""
+    """Whether products of this dtype are in full float32: kernels of large ones are slow to compile."""
     return dtype == jnp.float32 and jax.config.values["jax_default_matmul_precision"] in ("float32", "highest", "F32_F32_F32")
 
 

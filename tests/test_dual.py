@@ -253,6 +253,18 @@ def test_costs_of_both_engines_counted_by_hand():
     assert in_dual == pytest.approx(3 * products + 4 * 900 * before * (64 + 32) + 10 * row * (2 * 3 * before + 4 * 900))
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_what_norms_cost_counted_by_hand(groups):
+    """All 900 rows of three steps, in one lane or four, by all of their lane: two products, each written and read in float32."""
+    inputs, outputs = (jax.ShapeDtypeStruct((groups, 300 // groups, width), jnp.float32) for width in (64, 32))
+    use, weight = dual.Use(inputs, outputs, False), jnp.zeros((groups, 64, 32))
+    (primal, in_dual), (primal_norms, dual_norms) = (plan._cost(use, (64, 32), groups, 3, 10.0, norms) for norms in (False, True))
+    pairs = groups * (900 // groups) ** 2
+    assert primal_norms - primal == 10 * 4 * groups * 64 * 32
+    assert dual_norms - in_dual == pytest.approx(2 * pairs * (64 + 32) + 10 * 4 * 4 * pairs)
+    assert plan._saved(use, weight, groups, 3) - plan._saved(use, weight, groups, 3, norms=True) == 2 * 4 * pairs
+
+
 def test_an_optimizer_that_is_not_linear_is_refused_or_left_to_the_primal_engine(monkeypatch):
     with pytest.raises(ValueError, match=r"engine: 'dual' cannot serve, since client_optimizer is not linear .*; use 'auto' or 'primal'"):
         algorithm(client_optimizer=OTHERS["adam"], engine="dual")

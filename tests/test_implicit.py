@@ -41,7 +41,7 @@ def arrays(examples, height, width, before, after, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_are_the_convolution_and_its_gradients(case, dtype):
     if not INTERPRET and dtype == jnp.float32 and max(case[3:]) > implicit._EXACT:
-        pytest.skip("products in full float32 would be compiled for minutes")
+        pytest.skip("products in full float32 are slow to compile")
     x, kernel, gradient = arrays(*case, dtype)
     want, pulled = jax.vjp(lambda x, kernel: convolution.convolved(x, kernel, 1), x, kernel)
     of_x, of_kernel = pulled(gradient)

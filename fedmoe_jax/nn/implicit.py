@@ -54,7 +54,7 @@ _correlate.defvjp(
 
 
 def _run(kernel, otherwise, x, other):
-    """Kernels count in 32 bits, multiply no doubles, and want something to multiply. Large ones in full float32 compile for minutes."""
+    """Kernels count in 32 bits, multiply no doubles, and want something to multiply. Large ones in full float32 are slow to compile."""
     positions, channels, features = math.prod(x.shape[:3]), x.shape[3], other.shape[3]
     most = max(positions * max(channels, features), _PIECES * 9 * channels * features)
     fits = min(x.size, other.size) > 0 and most < 2**30 and x.dtype.itemsize <= 4
