@@ -1,11 +1,11 @@
 """Local training by the primal and by the dual engine: FedAvg of an MLP, and experts of several widths.
 
-    python benchmarks/engines.py --cases fedavg clipped experts uneven --engines primal auto > benchmarks/results/engines.jsonl
+    python benchmarks/engines.py --engines primal auto dual > benchmarks/results/engines.jsonl
 
 One JSON line a figure: milliseconds of a round, the rounds being in one compiled loop, and the same of one centralised step
 on as many tokens. The MLP is 784-128-10 with 60 examples a client, batches of 20; experts get tokens in bfloat16, each sent
-to one of a client's slots, with a token capacity of 1. Experts are spread evenly over clients, or at random (uneven). Updates
-of the MLP are as they are, or clipped to a norm.
+to one of a client's slots, with a token capacity of 1. Experts are spread evenly over clients, or at random (uneven), and extremes
+have many tokens a client, few, or wide experts. Updates of the MLP are as they are, or clipped to a norm.
 """
 
 import argparse
@@ -29,9 +29,10 @@ from fedmoe_jax.training.metrics import environment
 
 # clients, experts, slots, tokens of a step, width, hidden, steps
 EXPERTS = [(256, 64, 2, 128, 512, 2048, 4), (256, 64, 4, 256, 512, 2048, 4), (64, 16, 2, 512, 1024, 4096, 4)]
+EXTREMES = [(64, 16, 2, 2048, 512, 2048, 4), (512, 64, 2, 32, 512, 2048, 8), (64, 16, 2, 512, 2048, 8192, 2)]
 SMALL = [(16, 8, 2, 32, 64, 128, 3)]
 FEDAVG = [(1000, 100), (10000, 1000)]
-CASES = ["fedavg", "clipped", "experts", "uneven", "small"]
+CASES = ["fedavg", "clipped", "experts", "uneven", "extremes", "small"]
 
 
 class Dense(nnx.Module):
@@ -174,6 +175,7 @@ def main():
         + [("clipped", clipped, row) for row in FEDAVG]
         + [("experts", experts, row) for row in EXPERTS]
         + [("uneven", functools.partial(experts, aligner=fm.alignment.random), row) for row in (EXPERTS[0], EXPERTS[2])]
+        + [("extremes", experts, row) for row in EXTREMES]
         + [("small", experts, row) for row in SMALL]
     )
     for name, make, row in (entry for entry in rows if entry[0] in arguments.cases):

@@ -21,24 +21,37 @@ from jaxtyping import Array
 _PORTABLE = contextvars.ContextVar("portable", default=False)
 
 
-def run(kernel: Callable[..., Any], otherwise: Callable[..., Any], *args: Any) -> Any:
-    """kernel(*args) if this is compiled for a GPU that takes kernels of Triton, else otherwise(*args), the same to rounding."""
-    return _of_platform(kernel, otherwise, *args) if has_kernels() and not is_portable() else otherwise(*args)
+def run(kernel: Callable[..., Any], otherwise: Callable[..., Any], *args: Any, **static: Any) -> Any:
+    """kernel(*args, **static) if this is compiled for a GPU that takes kernels of Triton, else otherwise(...), the same to rounding."""
+    if has_kernels() and not is_portable():
+        return _of_platform(kernel, otherwise, tuple(static.items()), *args)
+    return otherwise(*args, **static)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # outside jit it would go by the default device, wherever the arguments are
-def _of_platform(kernel, otherwise, *args):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # outside jit it would go by the default device, wherever the arguments are
+def _of_platform(kernel, otherwise, static, *args):
+    kernel, otherwise = (functools.partial(function, **dict(static)) for function in (kernel, otherwise))
     return jax.lax.platform_dependent(*args, cuda=kernel, default=otherwise)
 
 
 def has_kernels() -> bool:
     """Whether a GPU of this machine takes kernels of Triton: one of NVIDIA's, of compute capability 8 or above, if no device is set."""
+    return _capability() >= 8
+
+
+def is_hopper() -> bool:
+    """Whether it is of compute capability 9 and takes kernels of Triton: those whose tiles fill its shared memory are for it alone."""
+    return 9 <= _capability() < 10
+
+
+def _capability() -> float:
     try:
         import jax.experimental.pallas.triton
     except ImportError:
-        return False
+        return 0.0
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # "gfx90a" of AMD's, none of a CPU
-    return jax.config.values["jax_default_device"] is None and capability.split(".")[0].isdigit() and float(capability) >= 8
+    known = jax.config.values["jax_default_device"] is None and capability.split(".")[0].isdigit()
+    return float(capability) if known else 0.0
 
 
 def is_exact(dtype: Any) -> bool:
@@ -46,11 +59,13 @@ def is_exact(dtype: Any) -> bool:
     return dtype == jnp.float32 and jax.config.values["jax_default_matmul_precision"] in ("float32", "highest", "F32_F32_F32")
 
 
-def call(kernel: Callable[..., None], out_shape: Any, *, warps: int, interpret: bool, **options: Any) -> Callable[..., Any]:
-    """`pallas_call` of a kernel for Triton; `interpret` runs it anywhere, slowly, for tests."""
+def call(
+    kernel: Callable[..., None], out_shape: Any, *, warps: int, stages: int = 1, interpret: bool, **options: Any
+) -> Callable[..., Any]:
+    """`pallas_call` of a kernel for Triton; `interpret` runs it anywhere, slowly, for tests. `stages`: of loads in its loops."""
     from jax.experimental.pallas import triton
 
-    parameters = triton.CompilerParams(num_warps=warps, num_stages=1)
+    parameters = triton.CompilerParams(num_warps=warps, num_stages=stages)
     return pallas.pallas_call(kernel, out_shape=out_shape, compiler_params=parameters, interpret=interpret, **options)
 
 

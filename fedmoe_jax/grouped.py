@@ -1,9 +1,10 @@
 """Products of many groups of rows with the weights of one expert each, without a copy of the weights for each group.
 
-Groups of the same expert are put side by side in tiles, so that one batched product serves all. Every expert has a tile; where
-it has more groups than that has places for, it gets some of the tiles to spare, which need a copy of its weights. Where groups
-are spread evenly none is needed; how many there are else depends on how uneven they are. Under vmap the groups of all clients
-come together first: that makes a whole cohort one product.
+Under vmap the groups of all clients come together first: that makes a whole cohort one product. On NVIDIA GPUs kernels of our own
+read them where they are (`ragged.py`). Elsewhere groups of the same expert are put side by side in tiles, so that one batched
+product serves all. Every expert has a tile; where it has more groups than that has places for, it gets some of the tiles to spare,
+which need a copy of its weights. Where groups are spread evenly none is needed; how many there are else depends on how uneven
+they are.
 """
 
 import functools
@@ -17,8 +18,9 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
+from fedmoe_jax import gpu, ragged
 from fedmoe_jax.base import pytree
-from fedmoe_jax.corrected import Part, Tiles, corrected
+from fedmoe_jax.ragged import Part
 
 T = TypeVar("T")
 
@@ -142,13 +144,22 @@ def _of_all_groups(axis_size, in_batched, *args):
 
 
 def _matmul(x, base, index, scale, parts):
-    num_experts, (num_groups, rows) = base.shape[0], x.shape[:2]
+    if base.shape[0] > 1 and ragged.has_matmul(x, base):
+        inside = parts if ragged.takes(parts) else ()
+        return _with_parts(gpu.run(ragged.matmul, _one_by_one, x, base, index, scale, inside), () if inside else parts)
+    return _one_by_one(x, base, index, scale, parts)
 
-    def added(product, place):
-        return corrected(Tiles(product, place, index < num_experts), scale, parts)
+
+def _one_by_one(x, base, index, scale, parts):
+    """The product in tiles, and a pass for each part."""
+    (num_groups, rows), num_experts = x.shape[:2], base.shape[0]
+
+    def finished(product):
+        y = jnp.where((index < num_experts)[:, None, None], scale[:, None, None] * product, 0).astype(product.dtype)
+        return _with_parts(y, parts)
 
     if num_experts == 1 or num_groups <= num_experts:
-        return added(x @ (base[0] if num_experts == 1 else base[index]), None)
+        return finished(x @ (base[0] if num_experts == 1 else base[index]))
 
     def laid(groups):
         return x[groups].reshape(groups.shape[0], -1, x.shape[-1])
@@ -158,9 +169,15 @@ def _matmul(x, base, index, scale, parts):
         for group, _, owner in _spare(layout):
             more = lax.map(lambda tiles: laid(tiles[0]) @ base[tiles[1]], (group, owner))
             y = jnp.concatenate([y, more.reshape(-1, *y.shape[1:])])
-        return added(y.reshape(-1, rows, y.shape[-1]), layout.place)
+        return finished(y.reshape(-1, rows, y.shape[-1])[layout.place])
 
     return laid_out(index, num_experts, product)
+
+
+def _with_parts(y, parts):
+    for part in parts:
+        y = y + jnp.einsum("grn,gnh->grh", part.mix, part.values)
+    return y
 
 
 class Rows(NamedTuple):
@@ -176,19 +193,35 @@ def outer(rows: Sequence[Rows], index: Int[Array, " group"], num_experts: int) -
 
     Groups whose index is `num_experts` are left out. Inputs must be finite.
     """
-
-    def weighted(outputs, weight, filled):
-        return jnp.where(filled[..., None, None], outputs * weight[..., None], 0).astype(outputs.dtype)
-
     if num_experts == 1:
         product = functools.partial(jnp.einsum, "grd,grh->dh", preferred_element_type=jnp.float32)
-        each = (product(part.inputs, weighted(part.outputs, part.weight, index == 0)) for part in rows)
+        each = (product(part.inputs, _filled(part, index == 0)) for part in rows)
         return functools.reduce(jnp.add, each)[None]
+    if ragged.has_outer([(part.inputs, part.outputs) for part in rows], num_experts):
+        return gpu.run(_outer_in_a_kernel, _outer_in_tiles, list(rows), index, num_experts=num_experts)
+    return _outer_in_tiles(rows, index, num_experts)
 
+
+def _filled(rows, filled):
+    """Weighted outputs, 0 where not `filled`."""
+    return jnp.where(filled[..., None, None], _weighted(rows.outputs, rows.weight), 0)
+
+
+def _weighted(a, weight):
+    return (a * weight[..., None]).astype(a.dtype)
+
+
+def _outer_in_a_kernel(rows, index, num_experts, **options):
+    """The narrower side is weighted: less is written down."""
+    pairs = [(_weighted(x, weight), y) if x.shape[-1] <= y.shape[-1] else (x, _weighted(y, weight)) for x, y, weight in rows]
+    return ragged.outer(pairs, index, num_experts, **options)
+
+
+def _outer_in_tiles(rows, index, num_experts):
     def of_tiles(group, filled):
         laid = [Rows(*(a[group] for a in part)) for part in rows]
         inputs = jnp.concatenate([part.inputs for part in laid], axis=2)
-        outputs = jnp.concatenate([weighted(part.outputs, part.weight, filled) for part in laid], axis=2)
+        outputs = jnp.concatenate([_filled(part, filled) for part in laid], axis=2)
         flat = (a.reshape(a.shape[0], -1, a.shape[-1]) for a in (inputs, outputs))
         return jnp.einsum("trd,trh->tdh", *flat, preferred_element_type=jnp.float32)
 

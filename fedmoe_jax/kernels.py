@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax import grouped
 from fedmoe_jax.base import pytree
-from fedmoe_jax.corrected import Part
 from fedmoe_jax.probe import Probe
+from fedmoe_jax.ragged import Part
 
 _PIECES = 31  # of a long sum, at most: so many XLA adds up in one pass of a GPU
 

@@ -17,7 +17,7 @@ FOUNDATION = {
     "kernels",
     "norms",
     "conditional",
-    "corrected",
+    "ragged",
     "probe",
     "packed",
     "gpu",

@@ -8,21 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmoe_jax import gpu, sampling
+from fedmoe_jax import gpu, grouped, ragged, sampling
 from fedmoe_jax.alignment import elimination
-from fedmoe_jax.corrected import Part, Tiles, corrected
 from fedmoe_jax.nn import implicit
 
 
-@pytest.mark.parametrize(("capability", "has"), [("9.0", True), ("10.0", True), ("7.5", False), ("gfx90a", False), ("", False)])
-def test_kernels_are_for_gpus_that_have_them(capability, has, monkeypatch):
+@pytest.mark.parametrize(
+    ("capability", "has", "hopper"),
+    [("9.0", True, True), ("10.0", True, False), ("8.9", True, False), ("7.5", False, False), ("gfx90a", False, False), ("", False, False)],
+)
+def test_kernels_are_for_gpus_that_have_them(capability, has, hopper, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
-    assert gpu.has_kernels() is has
+    assert gpu.has_kernels() is has and gpu.is_hopper() is hopper
 
 
 def convolved(x):
     """Images times kernels of which nothing is known while this is compiled."""
     return implicit.convolve(jnp.ones((2, 3, 3, 1)) * x[1], jnp.ones((3, 3, 1, 4)) * x[2])
+
+
+def wide(*shape):
+    return jnp.ones(shape, jnp.bfloat16)
 
 
 FUNCTIONS = {
@@ -34,17 +40,32 @@ FUNCTIONS = {
     "equations": lambda x: elimination.solve(jnp.eye(9), 1.0 * x),
     "a convolution": lambda x: convolved(1.0 * x).sum(),
     "gradients of a convolution": lambda x: jax.grad(lambda x: convolved(x).sum())(1.0 * x),
-    "a corrected product": lambda x: corrected(
-        Tiles(jnp.ones((4, 16, 128)) * x[1], x[2:5] % 4, x[2:5] > 2), jnp.ones(3), [Part(jnp.ones((3, 16, 32)), jnp.ones((3, 32, 128)))]
+    "products with experts": lambda x: grouped.matmul(
+        wide(3, 16, 64) * x[1], wide(2, 64, 128), x[:3] % 2, 1.0, [ragged.Part(wide(3, 16, 32), wide(3, 32, 128))]
     ),
+    "sums for experts": lambda x: grouped.outer([grouped.Rows(wide(9, 4, 512), wide(9, 4, 1024), x[:, None] * jnp.ones((9, 4)))], x % 4, 4),
     "64 equations": lambda x: elimination.solve(jnp.eye(64) * x[1], jnp.ones(64)),
 }
+
+
+def are_verified(monkeypatch):
+    """From here on what a kernel is lowered to must be a valid program of Triton, which is else found out by a GPU."""
+    from jax._src.pallas.triton import lowering
+
+    def verified(*args, lower=lowering.lower_jaxpr_to_triton_module, **options):
+        result = lower(*args, **options)
+        assert result.module.operation.verify()
+        return result
+
+    monkeypatch.setattr(lowering, "lower_jaxpr_to_triton_module", verified)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_kernels_are_only_in_what_is_compiled_for_a_gpu(name, monkeypatch):
     def traced(has):
         monkeypatch.setattr(gpu, "has_kernels", lambda: has)
+        monkeypatch.setattr(gpu, "is_hopper", lambda: has)
+        jax.clear_caches()  # of what was traced otherwise
         return jax.jit(lambda x: FUNCTIONS[name](x)).trace(jnp.arange(9))
 
     assert "pallas_call" not in str(traced(False).jaxpr)
@@ -54,6 +75,7 @@ def test_kernels_are_only_in_what_is_compiled_for_a_gpu(name, monkeypatch):
     assert "pallas_call" in str(with_kernel.jaxpr)
     assert "triton" not in with_kernel.lower(lowering_platforms=("cpu",)).as_text()
     if jax.__version_info__ < (0, 11):  # later versions lower kernels only where there is a GPU
+        are_verified(monkeypatch)
         assert "xla.gpu.triton" in with_kernel.lower(lowering_platforms=("cuda",)).as_text()
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmoe_jax import corrected, gpu, grouped
+from fedmoe_jax import gpu, grouped, ragged
 
 EXPERTS, GROUPS, ROWS, FEATURES, HIDDEN = 8, 64, 3, 5, 4
 SPREADS = {
@@ -28,6 +28,13 @@ def matmul(*args):
 
 def draw(*shape, seed):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def interpreted(monkeypatch):
+    """Kernels of a GPU, wherever this is, and of any dtype."""
+    monkeypatch.setattr(gpu, "run", lambda kernel, otherwise, *args, **static: kernel(*args, interpret=True, **static))
+    monkeypatch.setattr(ragged, "_fits", lambda *args: True)
+    monkeypatch.setattr(ragged, "has_outer", lambda *args: True)
 
 
 @pytest.fixture
@@ -149,19 +156,18 @@ def test_each_group_has_a_place_of_its_own_in_a_tile_of_its_expert(groups, exper
 
 @pytest.mark.parametrize("in_kernels", [False, True])
 def test_what_is_added_is_added_to_the_products_of_all(in_kernels, monkeypatch):
-    """Of clients, and of several models with clients, of which some groups have no expert; a kernel sees places that are there."""
-    models, clients, slots, rows, hidden, others = 2, 4, 8, 16, 64, 32
+    """Of clients, and of several models with clients, of which some groups have no expert."""
+    models, clients, slots, rows, features, hidden, others = 2, 4, 8, 16, 32, 64, 32
     if in_kernels:
-        monkeypatch.setattr(gpu, "run", lambda kernel, otherwise, *args: kernel(*args, interpret=True))
-        monkeypatch.setattr(corrected, "_fits", lambda *args: True)
+        interpreted(monkeypatch)
     index = index_of([4] * EXPERTS).reshape(clients, slots)
     index[0, :3] = index[2, 5] = EXPERTS
-    x, base = draw(clients, slots, rows, FEATURES, seed=1), draw(models, EXPERTS, FEATURES, hidden, seed=3)
+    x, base = draw(clients, slots, rows, features, seed=1), draw(models, EXPERTS, features, hidden, seed=3)
     mix, values = draw(models, clients, slots, rows, others, seed=4), draw(models, clients, slots, others, hidden, seed=5)
     scale = draw(clients, seed=6)
 
     def product(base, mix, values, x, index, scale):
-        return grouped.matmul(x, base, index, scale, [corrected.Part(mix, values)])
+        return grouped.matmul(x, base, index, scale, [ragged.Part(mix, values)])
 
     of_clients = jax.vmap(product, (None, 0, 0, 0, 0, 0))
     of_models = jax.vmap(of_clients, (0, 0, 0, None, None, None))
@@ -169,6 +175,29 @@ def test_what_is_added_is_added_to_the_products_of_all(in_kernels, monkeypatch):
     want = scale[:, None, None, None] * np.einsum("csrd,mcsdh->mcsrh", x, kernel) + mix @ values
     np.testing.assert_allclose(jax.jit(of_models)(base, mix, values, x, index, scale), want, atol=1e-4)
     np.testing.assert_allclose(jax.jit(of_clients)(base[0], mix[0], values[0], x, index, scale), want[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [16, 3])
+def test_parts_of_few_rows_are_added_after_the_kernel(rows, monkeypatch):
+    interpreted(monkeypatch)
+    index, x, base = index_of([8] * EXPERTS), draw(GROUPS, rows, 16, seed=1), draw(EXPERTS, 16, 64, seed=2)
+    mix, values = draw(GROUPS, rows, 16, seed=3), draw(GROUPS, 16, 64, seed=4)
+    found = jax.jit(lambda *args: grouped.matmul(*args[:3], 0.5, [ragged.Part(*args[3:])]))(x, base, index, mix, values)
+    np.testing.assert_allclose(found, 0.5 * x @ base[index] + mix @ values, atol=1e-4)
+
+
+@pytest.mark.parametrize("absent", [0, 40])
+def test_sums_in_kernels_weigh_the_narrower_side(absent, monkeypatch):
+    interpreted(monkeypatch)
+    index, weight = index_of([8] * EXPERTS), draw(GROUPS, 2, seed=4)
+    index[:absent] = EXPERTS
+    x, y = draw(GROUPS, 2, 64, seed=1), draw(GROUPS, 2, 128, seed=2)
+    want = np.zeros((EXPERTS, 64, 128))
+    for g in np.flatnonzero(index < EXPERTS):
+        want[index[g]] += x[g].T @ (weight[g][:, None] * y[g])
+    for a, b, right in ((x, y, want), (y, x, want.swapaxes(1, 2))):
+        rows = [grouped.Rows(*map(jnp.asarray, (a, b, weight)))]
+        np.testing.assert_allclose(grouped.outer(rows, jnp.asarray(index), EXPERTS), right, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", grouped.sizes(GROUPS, EXPERTS))
