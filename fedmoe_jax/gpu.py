@@ -1,8 +1,7 @@
 """Kernels of our own on NVIDIA GPUs.
 
 For chains of small steps, each of which would be a kernel or wait for the host, for factors of a product that would be written
-down to be read once, and for sums of products, each of which would be written down. In a `shard_map` of one's own they need
-`check_vma=False`.
+down to be read once, and for products of rows that are not side by side. In a `shard_map` of one's own they need `check_vma=False`.
 
 They are Pallas' for Triton, which JAX means to give up: where it has gone, or will not run, all is done without.
 """
@@ -40,7 +39,7 @@ def has_kernels() -> bool:
 
 
 def is_hopper() -> bool:
-    """Whether it is of compute capability 9 and takes kernels of Triton: those whose tiles fill its shared memory are for it alone."""
+    """Whether it is of compute capability 9 and takes kernels of Triton: large tiles need its shared memory, and were tried there alone."""
     return 9 <= _capability() < 10
 
 

@@ -1,10 +1,10 @@
 """Products of many groups of rows with the weights of one expert each, without a copy of the weights for each group.
 
-Under vmap the groups of all clients come together first: that makes a whole cohort one product. On NVIDIA GPUs kernels of our own
-read them where they are (`ragged.py`). Elsewhere groups of the same expert are put side by side in tiles, so that one batched
-product serves all. Every expert has a tile; where it has more groups than that has places for, it gets some of the tiles to spare,
-which need a copy of its weights. Where groups are spread evenly none is needed; how many there are else depends on how uneven
-they are.
+Under vmap the groups of all clients come together first: that makes a whole cohort one product. Kernels of our own read them where
+they are, in bfloat16 on Hopper GPUs (`ragged.py`). Elsewhere groups of the same expert are put side by side in tiles, so that one
+batched product serves all. Every expert has a tile; where it has more groups than that has places for, it gets some of the tiles
+to spare, which need a copy of its weights. Where groups are spread evenly none is needed; how many there are else depends on how
+uneven they are.
 """
 
 import functools
@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fedmoe_jax import gpu, ragged
 from fedmoe_jax.base import pytree
-from fedmoe_jax.ragged import Part
 
 T = TypeVar("T")
 
@@ -32,6 +31,13 @@ _SPARE = 0.45
 
 _TILES = 4
 """The last resort are tiles so many times smaller than the mean, of which enough are there for any groups."""
+
+
+class Part(NamedTuple):
+    """What some rows of the history add to a product: mix @ values, for each group."""
+
+    mix: Float[Array, "group row other"]
+    values: Float[Array, "group other hidden"]
 
 
 @pytree
@@ -144,10 +150,10 @@ def _of_all_groups(axis_size, in_batched, *args):
 
 
 def _matmul(x, base, index, scale, parts):
-    if base.shape[0] > 1 and ragged.has_matmul(x, base):
-        inside = parts if ragged.takes(parts) else ()
-        return _with_parts(gpu.run(ragged.matmul, _one_by_one, x, base, index, scale, inside), () if inside else parts)
-    return _one_by_one(x, base, index, scale, parts)
+    if base.shape[0] == 1 or not ragged.takes_matmul(x, base):
+        return _one_by_one(x, base, index, scale, parts)
+    inside, after = (parts, ()) if ragged.takes_parts(parts) else ((), parts)
+    return _with_parts(gpu.run(ragged.matmul, _one_by_one, x, base, index, scale, inside), after)
 
 
 def _one_by_one(x, base, index, scale, parts):
@@ -197,7 +203,7 @@ def outer(rows: Sequence[Rows], index: Int[Array, " group"], num_experts: int) -
         product = functools.partial(jnp.einsum, "grd,grh->dh", preferred_element_type=jnp.float32)
         each = (product(part.inputs, _filled(part, index == 0)) for part in rows)
         return functools.reduce(jnp.add, each)[None]
-    if ragged.has_outer([(part.inputs, part.outputs) for part in rows], num_experts):
+    if ragged.takes_outer([(part.inputs, part.outputs) for part in rows], num_experts):
         return gpu.run(_outer_in_a_kernel, _outer_in_tiles, list(rows), index, num_experts=num_experts)
     return _outer_in_tiles(rows, index, num_experts)
 

@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float, Int
 from fedmoe_jax import grouped
 from fedmoe_jax.base import pytree
 from fedmoe_jax.probe import Probe
-from fedmoe_jax.ragged import Part
 
 _PIECES = 31  # of a long sum, at most: so many XLA adds up in one pass of a GPU
 
@@ -274,7 +273,7 @@ def times(x: Array, base: Array, index: Int[Array, " group"] | None) -> Float[Ar
     return x @ base if index is None else grouped.matmul(x, base, index)
 
 
-def _sum_of_parts(x, base, index, scale, parts: list[Part]) -> Float[Array, "group row width"]:
+def _sum_of_parts(x, base, index, scale, parts: list[grouped.Part]) -> Float[Array, "group row width"]:
     """scale x W and the parts: those of groups' own rows in one pass with it, those of tiles of all groups' rows after it."""
     if index is not None and not is_places(x) and all(part.mix.shape[0] == x.shape[0] for part in parts):
         return grouped.matmul(x, base.astype(x.dtype), index, scale, parts)
@@ -285,14 +284,14 @@ def _sum_of_parts(x, base, index, scale, parts: list[Part]) -> Float[Array, "gro
     return y
 
 
-def _part(x, into, out, rows: History, slot) -> Part:
+def _part(x, into, out, rows: History, slot) -> grouped.Part:
     """What these rows add to x W, or with `into` and `out` exchanged to x W^T."""
     mix = gram(x.reshape(into.shape[0], -1, *into.shape[2:]), into)
     mix = (mix * rows.weight).astype(out.dtype)
     if rows.slot is not None:
         own, theirs = jnp.repeat(slot, x.shape[1]), jnp.repeat(rows.slot, into.shape[1] // rows.slot.shape[0])
         mix = jnp.where(own[:, None] == theirs, mix, 0)
-    return Part(mix, out)
+    return grouped.Part(mix, out)
 
 
 def gram(x: Array, other: Array) -> Float[Array, "lane row other_row"]:

@@ -1,7 +1,7 @@
 """Products of many groups of rows with the weights of an expert each, and sums over the groups of each expert, on Hopper GPUs.
 
-Kernels of our own read rows where they are, by a list that is sorted by expert: nothing is copied or padded, however unevenly
-groups are spread, and what a history adds to a product is added before that is written.
+Kernels of our own, in bfloat16, read rows where they are, by a list that is sorted by expert: no row is laid out in tiles or
+padded, however unevenly groups are spread, and what a history adds to a product is added before that is written.
 """
 
 from collections.abc import Sequence
@@ -14,58 +14,55 @@ from jax.experimental import pallas
 from jaxtyping import Array, Float, Int
 
 from fedmoe_jax import gpu
-from fedmoe_jax.base import pytree
 
-_DEPTHS = 64, 32, 16  # of what is multiplied at once: the first that divides all
-_WIDTHS = 256, 128, 64  # of a tile of outputs, likewise
-_FEW = 64  # rows of a group, up to which a tile of outputs with parts is a small one
+_HEIGHTS = 128, 64  # rows of a tile of outputs
+_WIDTHS = 256, 128, 64  # columns of it: the first that divides all
+_DEPTHS = 64, 32, 16  # of what is multiplied at once, likewise
 _PROGRAMS = 128  # about as many as a GPU has processors
 _STAGES = 3  # of loads that are under way
 
-
-@pytree
-class Part:
-    """What some rows of the history add to a product: mix @ values, for each group."""
-
-    mix: Float[Array, "group row other"]
-    values: Float[Array, "group other hidden"]
+Pair = tuple[Float[Array, "group row _"], Float[Array, "group _ hidden"]]
 
 
-class Tile(NamedTuple):
-    """Rows and columns of outputs that one program makes, and how much it multiplies at once."""
+class Tiles(NamedTuple):
+    """Tiles of rows of one expert each.
 
-    height: int
-    width: int
-    depth: int
+    row: the rows of each tile, and any where it has no more; `kept`, 0 or 1, says which are its own.
+    expert: that of the tile, and any where its rows have none.
+    work: 2 where its rows have an expert, 1 where they have none, 0 where it is not used.
+    """
 
-    @property
-    def warps(self) -> int:
-        """Of a program."""
-        return 8 if self.width == _WIDTHS[0] else 4
-
-
-def has_matmul(x: Float[Array, "group row feature"], base: Float[Array, "expert feature hidden"]) -> bool:
-    """Whether `matmul` takes them: 16 bits, and widths that tiles divide."""
-    return _fits(x, base.shape[-1], x.size, base.size, x.size // x.shape[-1] * base.shape[-1])
+    row: Int[Array, "tile height"]
+    kept: Int[Array, "tile height"]
+    expert: Int[Array, " tile"]
+    work: Int[Array, " tile"]
 
 
-def takes(parts: Sequence[Part]) -> bool:
-    """Whether `matmul` adds these parts: as many rows as a power of two, of at least 16, and a multiple of 16 others."""
-    sizes = [part.mix.shape[1:] for part in parts]
-    return all(rows >= 16 and rows & (rows - 1) == 0 and others % 16 == 0 for rows, others in sizes)
+def takes_matmul(x: Float[Array, "group row feature"], base: Float[Array, "expert feature hidden"]) -> bool:
+    """Whether `matmul` takes them here: on a Hopper GPU, bfloat16, widths that tiles divide, and places that 32 bits can tell."""
+    hidden = base.shape[-1]
+    return _fits(x, base) and hidden % _WIDTHS[-1] == 0 and x.shape[0] * x.shape[1] * hidden < 2**31
 
 
-def has_outer(pairs: Sequence[tuple[Array, Array]], num_experts: int) -> bool:
-    """Whether `outer` takes them, all of as many rows, and they are work enough for a GPU."""
+def takes_parts(parts: Sequence[Pair]) -> bool:
+    """Whether `matmul` adds these: bfloat16, as many rows as a power of two, of at least 16, and a multiple of 16 others."""
+    sizes = [mix.shape[1:] for mix, _ in parts]
+    divided = all(rows >= 16 and rows & (rows - 1) == 0 and others % 16 == 0 for rows, others in sizes)
+    return divided and all(a.dtype == jnp.bfloat16 for part in parts for a in part)
+
+
+def takes_outer(pairs: Sequence[tuple[Array, Array]], num_experts: int) -> bool:
+    """Whether `outer` takes them here, as `matmul` does, [group, row, width] each, of as many rows, and they are work enough for a GPU."""
     x, y = pairs[0]
     programs = num_experts * x.shape[-1] * y.shape[-1] // _WIDTHS[1] ** 2
-    alike = len({inputs.shape for inputs, _ in pairs}) == 1 and x.shape[-1] % _WIDTHS[-1] == 0
-    return alike and programs >= _PROGRAMS and _fits(x, y.shape[-1], x.size, y.size)
+    divided = all(a.shape[-1] % _WIDTHS[-1] == 0 for a in (x, y)) and len({inputs.shape for inputs, _ in pairs}) == 1
+    return divided and programs >= _PROGRAMS and _fits(*(a for pair in pairs for a in pair))
 
 
-def _fits(x, hidden, *sizes):
-    divided = x.shape[-1] % _DEPTHS[-1] == 0 and hidden % _WIDTHS[-1] == 0
-    return gpu.is_hopper() and jnp.dtype(x.dtype).itemsize == 2 and divided and max(sizes) < 2**31  # places are of 32 bits
+def _fits(*arrays):
+    sizes = [a.size for a in arrays]
+    right = all(a.dtype == jnp.bfloat16 and a.shape[-1] % _DEPTHS[-1] == 0 for a in arrays)
+    return gpu.is_hopper() and right and min(sizes) > 0 and max(sizes) < 2**31
 
 
 def matmul(
@@ -73,135 +70,143 @@ def matmul(
     base: Float[Array, "expert feature hidden"],
     index: Int[Array, " group"],
     scale: Float[Array, " group"],
-    parts: Sequence[Part] = (),
+    parts: Sequence[Pair] = (),
     *,
     interpret: bool = False,
 ) -> Float[Array, "group row hidden"]:
-    """scale[g] * x[g] @ base[index[g]], 0 where that is no expert, and the sum of all parts, all added up in float32.
+    """scale[g] * x[g] @ base[index[g]], 0 where that is no expert, and the sum of all parts' mix[g] @ values[g], added up in float32.
 
     `interpret` runs it anywhere, slowly.
     """
     (groups, rows, features), (experts, _, hidden) = x.shape, base.shape
-    tile = _tile(rows, features, hidden, parts)
-    source, expert = _tiles(index, experts, rows, tile.height)
-    columns = hidden // tile.width
+    height, width = _tile(rows, hidden, bool(parts))
+    depth, columns = _first(_DEPTHS, features), hidden // width
+    tiles = _tiles(index, experts, rows, height)
 
-    def expert_gemm(x, base, source, expert, scale, *others):
+    def expert_gemm(x, base, row, kept, expert, work, scale, *others):
         *factors, out = others
-        here, column = pallas.program_id(0) // columns, pallas.program_id(0) % columns * tile.width
-        across, own = pallas.ds(column, tile.width), expert[here]
+        tile, column = pallas.program_id(0) // columns, pallas.program_id(0) % columns * width
+        across, mine, own = pallas.ds(column, width), row[tile, :], kept[tile, :] > 0
 
-        @pallas.when(own <= experts)
+        @pallas.when(work[tile] > 0)
         def _():
-            place = source[here, :]
-            row = jnp.minimum(place, groups * rows - 1)
-
             def product(step, total):
-                along = pallas.ds(step * tile.depth, tile.depth)
-                return total + _dot(x[row, along], base[jnp.minimum(own, experts - 1), along, across])
+                along = pallas.ds(step * depth, depth)
+                return total + _dot(x[mine, along], base[expert[tile], along, across])
 
-            steps = (own < experts).astype(jnp.int32) * (features // tile.depth)
-            total = lax.fori_loop(0, steps, product, jnp.zeros((tile.height, tile.width), jnp.float32))
-            total *= scale[row // rows][:, None]
+            whole = work[tile] > 1
+            total = jnp.zeros((height, width), jnp.float32)
+            total = lax.fori_loop(0, whole.astype(jnp.int32) * (features // depth), product, total)
+            total = jnp.where(whole, total * scale[mine // rows][:, None], 0.0)
             for mix, values in zip(factors[::2], factors[1::2], strict=True):
-                total = _with_part(total, mix, values, source, here, across, rows)
-            gpu.store(out, place[:, None] * hidden + column + jnp.arange(tile.width), place[:, None] < groups * rows, total)
+                total = _add_part(total, mix, values, row, tile, across, rows)
+            place = jnp.where(own, mine, groups * rows)  # no two the same: they would be written in any order
+            gpu.store(out, place[:, None] * hidden + column + jnp.arange(width), own[:, None], total)
 
-    given = [x.reshape(-1, features), base, source, expert, scale]
-    for part in parts:
-        given += [part.mix.reshape(groups * rows, -1), part.values.reshape(-1, hidden)]
+    given = [x.reshape(-1, features), base, *tiles, scale]
+    for mix, values in parts:
+        given += [mix.reshape(groups * rows, -1), values.reshape(-1, hidden)]
     out = jax.ShapeDtypeStruct((groups * rows * hidden,), x.dtype)
-    call = gpu.call(expert_gemm, out, warps=tile.warps, stages=_STAGES, interpret=interpret, **_whole(expert.size * columns, given, out))
+    warps, grid = 8 if width == _WIDTHS[0] else 4, _whole(tiles.expert.size * columns, given, out)
+    call = gpu.call(expert_gemm, out, warps=warps, stages=_STAGES, interpret=interpret, **grid)
     return call(*given).reshape(groups, rows, hidden)
 
 
-def _with_part(total, mix, values, source, here, across, rows):
-    """The part of each group that has rows in the tile: of the product of all of these with its values, which may be NaN, its own rows."""
-    height, (all_rows, others) = total.shape[0], mix.shape
-    depth = next(depth for depth in _DEPTHS if others % depth == 0)
-    row, of = jnp.minimum(source[here, :], all_rows - 1), jnp.arange(height)[:, None] // rows
+def _add_part(total, mix, values, row, tile, across, rows):
+    """A total with a part: all rows of the tile are multiplied with the values of each group in it, maybe NaN, and take their own."""
+    height, others = total.shape[0], mix.shape[1]
+    groups = -(-height // rows)
+    depth = _first([depth for depth in _DEPTHS if depth * groups <= 2 * _DEPTHS[0]], others)
+    mine, of = row[tile, :], jnp.arange(height)[:, None] // rows
 
-    def added(step, total):
-        mixed = mix[row, pallas.ds(step * depth, depth)]
-        for group in range(-(-height // rows)):
-            first = jnp.minimum(source[here, group * rows], all_rows - 1) // rows * others + step * depth
+    def add(step, total):
+        mixed = mix[mine, pallas.ds(step * depth, depth)]
+        for group in range(groups):
+            first = row[tile, group * rows] // rows * others + step * depth
             found = _dot(mixed, values[pallas.ds(first, depth), across])
-            total += found if height <= rows else jnp.where(of == group, found, 0.0)
+            total += found if groups == 1 else jnp.where(of == group, found, 0.0)
         return total
 
-    return lax.fori_loop(0, others // depth, added, total)
+    return lax.fori_loop(0, others // depth, add, total)
 
 
 def outer(
-    pairs: Sequence[tuple[Float[Array, "group row feature"], Float[Array, "group row hidden"]]],
-    index: Int[Array, " group"],
-    num_experts: int,
-    *,
-    interpret: bool = False,
+    pairs: Sequence[tuple[Array, Array]], index: Int[Array, " group"], num_experts: int, *, interpret: bool = False
 ) -> Float[Array, "expert feature hidden"]:
-    """For each expert the sum of x[g]^T y[g] over its groups and all pairs, in float32. Groups without an expert are left out."""
+    """For each expert the sum of x[g]^T y[g] over its groups and all pairs (x, y), [group, row, width] each, in float32.
+
+    Groups whose index is `num_experts` are left out. `interpret` runs it anywhere, slowly.
+    """
     (_, rows, features), hidden = pairs[0][0].shape, pairs[0][1].shape[-1]
-    down, across = (next(width for width in _WIDTHS[1:] if size % width == 0) for size in (features, hidden))
-    depth, tiles = _DEPTHS[0], (features // down, hidden // across)
+    down, across = (_first(_WIDTHS[1:], size) for size in (features, hidden))
+    depth, columns = _DEPTHS[0], hidden // across
+    programs = num_experts * (features // down) * columns
     source, start, counts = _sorted(index, num_experts, rows)
 
     def outer_gemm(source, start, counts, *others):
         *factors, out = others
-        place = pallas.program_id(0)
-        expert, own = place // (tiles[0] * tiles[1]), pallas.ds(place % tiles[1] * across, across)
-        first = place // tiles[1] % tiles[0] * down
+        program = pallas.program_id(0)
+        expert, own = program // (features // down * columns), pallas.ds(program % columns * across, across)
+        first = program // columns % (features // down) * down
         total = jnp.zeros((down, across), jnp.float32)
         for x, y in zip(factors[::2], factors[1::2], strict=True):
 
             def product(step, total, x=x, y=y):
-                rank = step * depth + jnp.arange(depth)
+                rank = step * depth + jnp.arange(depth, dtype=jnp.int32)
                 there = rank < counts[expert]
-                row = source[jnp.where(there, start[expert] + rank, 0)]
+                row = source[start[expert] + jnp.where(there, rank, 0)]
                 mine = gpu.load(x, row[:, None] * features + first + jnp.arange(down), there[:, None])
                 return total + _dot(mine, y[row, own], turned=True)
 
-            total = lax.fori_loop(0, pallas.cdiv(counts[expert], depth), product, total)
+            total = lax.fori_loop(0, (counts[expert] + (depth - 1)) // depth, product, total)
         out[expert, pallas.ds(first, down), own] = total
 
     given = [source, start, counts]
     for x, y in pairs:
         given += [x.reshape(-1), y.reshape(-1, hidden)]
     out = jax.ShapeDtypeStruct((num_experts, features, hidden), jnp.float32)
-    call = gpu.call(outer_gemm, out, warps=4, stages=_STAGES, interpret=interpret, **_whole(num_experts * tiles[0] * tiles[1], given, out))
+    call = gpu.call(outer_gemm, out, warps=4, stages=_STAGES, interpret=interpret, **_whole(programs, given, out))
     return call(*given)
 
 
 def _dot(a, b, turned: bool = False):
-    """a @ b, or a^T @ b."""
-    return lax.dot_general(a, b, (((0 if turned else 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    """a @ b, or a^T @ b, of numbers as they are, whatever precision is asked for by default."""
+    dimensions = ((0 if turned else 1,), (0,)), ((), ())
+    return lax.dot_general(a, b, dimensions, precision=lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
 
 
-def _tile(rows: int, features: int, hidden: int, parts: Sequence[Part]) -> Tile:
-    """Large ones read less; with parts of few rows smaller ones, as all that a tile holds is multiplied with each group's values."""
-    height, most = (_FEW, _WIDTHS[1]) if parts and rows <= _FEW else (2 * _FEW, _WIDTHS[0])
-    width = next(width for width in _WIDTHS if width <= most and hidden % width == 0)
-    return Tile(height, width, next(depth for depth in _DEPTHS if features % depth == 0))
+def _first(sizes: Sequence[int], of: int) -> int:
+    return next(size for size in sizes if of % size == 0)
+
+
+def _tile(rows: int, hidden: int, with_parts: bool) -> tuple[int, int]:
+    """Height and width. Large tiles read less; with parts of few rows the small one was quicker, as it holds fewer groups."""
+    small = with_parts and rows <= _HEIGHTS[1]
+    return _HEIGHTS[small], _first(_WIDTHS[small:], hidden)
 
 
 def _sorted(index, num_experts, rows):
-    """All rows, in the order of their experts, and where those of each begin and how many there are."""
+    """All rows, in the order of their experts, and where those of each begin and how many there are, those without an expert last."""
+    index = jnp.minimum(index, num_experts)
     order = jnp.argsort(index, stable=True).astype(jnp.int32)
     counts = jnp.bincount(index, length=num_experts + 1).astype(jnp.int32)
     source = (order[:, None] * rows + jnp.arange(rows, dtype=jnp.int32)).reshape(-1)
-    return source, (jnp.cumsum(counts) - counts) * rows, counts * rows
+    return source, (jnp.cumsum(counts, dtype=jnp.int32) - counts) * rows, counts * rows
 
 
-def _tiles(index, num_experts, rows, height):
-    """The rows of each tile, their number where it has no more, and its expert: the number of experts of rows without one, else more."""
+def _tiles(index, num_experts, rows, height) -> Tiles:
+    """Enough for any groups: those of each expert are filled but for its last."""
     source, start, counts = _sorted(index, num_experts, rows)
     number = -(-counts // height)
-    last = jnp.cumsum(number)
+    last = jnp.cumsum(number, dtype=jnp.int32)
     tile = jnp.arange(source.size // height + num_experts + 1, dtype=jnp.int32)
     expert = (last <= tile[:, None]).sum(axis=1, dtype=jnp.int32)
     own = jnp.minimum(expert, num_experts)
     rank = ((tile - (last - number)[own]) * height)[:, None] + jnp.arange(height, dtype=jnp.int32)
-    there = (rank < counts[own][:, None]) & (expert <= num_experts)[:, None]
-    return jnp.where(there, source[jnp.where(there, start[own][:, None] + rank, 0)], source.size), expert
+    kept = (rank < counts[own][:, None]) & (expert <= num_experts)[:, None]
+    row = source[jnp.where(kept, start[own][:, None] + rank, 0)]
+    work = jnp.clip(num_experts - expert + 1, 0, 2)
+    return Tiles(row, kept.astype(jnp.int32), jnp.minimum(own, num_experts - 1), work)
 
 
 def _whole(programs: int, given: Sequence[Any], out: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 COMMANDS = {
     "rounds": ["--clients", "300", "--cohort", "12", "--rounds", "2", "--repeats", "1"],
     "engines": ["--cases", "small", "--rounds", "2"],
+    "products": ["--small"],
     "streaming": ["--clients", "30", "--cohort", "6", "--rounds", "4", "--block", "2", "--repeats", "1"],
     "roofline": ["--small"],
     "convolutions": ["--small", "--repeats", "1"],
@@ -66,8 +67,8 @@ def test_kernels_are_told_apart_and_counted_once():
     found = [(0.0, 4.0, "nvjet_sm90_tst_128x160_64x5_2x1_v_bz_NNT"), (2.0, 4.0, "loop_gather_fusion_3"), (10.0, 1.0, "loop_add_fusion")]
     milliseconds, started = kernel_times.times(found, 2)
     assert milliseconds == pytest.approx(dict(busy=3.5e-3, products=2e-3, moves=1e-3, others=5e-4)) and started == 1.5
-    names = "gemm_fusion_dot_13", "MemcpyD2D", "input_reduce_fusion"
-    assert list(map(kernel_times.kind, names)) == ["products", "moves", "others"]
+    names = "gemm_fusion_dot_13", "expert_gemm", "outer_gemm__1", "MemcpyD2D", "input_reduce_fusion"
+    assert list(map(kernel_times.kind, names)) == ["products"] * 3 + ["moves", "others"]
 
 
 def test_pooling_is_the_same_in_the_order_that_suits_a_gpu(monkeypatch):

@@ -1,5 +1,6 @@
 """Tests of where kernels of our own run: only in what is compiled for a GPU that takes them."""
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedmoe_jax import gpu, grouped, ragged, sampling
+from fedmoe_jax import gpu, grouped, sampling
 from fedmoe_jax.alignment import elimination
 from fedmoe_jax.nn import implicit
 
@@ -41,7 +42,7 @@ FUNCTIONS = {
     "a convolution": lambda x: convolved(1.0 * x).sum(),
     "gradients of a convolution": lambda x: jax.grad(lambda x: convolved(x).sum())(1.0 * x),
     "products with experts": lambda x: grouped.matmul(
-        wide(3, 16, 64) * x[1], wide(2, 64, 128), x[:3] % 2, 1.0, [ragged.Part(wide(3, 16, 32), wide(3, 32, 128))]
+        wide(3, 16, 64) * x[1], wide(2, 64, 128), x[:3] % 2, 1.0, [grouped.Part(wide(3, 16, 32), wide(3, 32, 128))]
     ),
     "sums for experts": lambda x: grouped.outer([grouped.Rows(wide(9, 4, 512), wide(9, 4, 1024), x[:, None] * jnp.ones((9, 4)))], x % 4, 4),
     "64 equations": lambda x: elimination.solve(jnp.eye(64) * x[1], jnp.ones(64)),
@@ -49,15 +50,18 @@ FUNCTIONS = {
 
 
 def are_verified(monkeypatch):
-    """From here on what a kernel is lowered to must be a valid program of Triton, which is else found out by a GPU."""
+    """From here on what a kernel is lowered to must be a valid program of Triton, which is else found out by a GPU: these programs."""
     from jax._src.pallas.triton import lowering
 
     def verified(*args, lower=lowering.lower_jaxpr_to_triton_module, **options):
         result = lower(*args, **options)
         assert result.module.operation.verify()
+        programs.append(str(result.module))
         return result
 
+    programs = []
     monkeypatch.setattr(lowering, "lower_jaxpr_to_triton_module", verified)
+    return programs
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -77,6 +81,21 @@ def test_kernels_are_only_in_what_is_compiled_for_a_gpu(name, monkeypatch):
     if jax.__version_info__ < (0, 11):  # later versions lower kernels only where there is a GPU
         are_verified(monkeypatch)
         assert "xla.gpu.triton" in with_kernel.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="later versions lower kernels only where there is a GPU")
+@pytest.mark.parametrize(("name", "kernel"), [("products with experts", "expert_gemm"), ("sums for experts", "outer_gemm")])
+def test_kernels_are_as_well_lowered_where_numbers_have_64_bits_and_precision_is_high(name, kernel, monkeypatch):
+    """Factors stay in bfloat16, and their names tell a profile what they are."""
+    monkeypatch.setattr(gpu, "has_kernels", lambda: True)
+    monkeypatch.setattr(gpu, "is_hopper", lambda: True)
+    programs = are_verified(monkeypatch)
+    jax.clear_caches()
+    with jax.enable_x64(True), jax.default_matmul_precision("F32_F32_F32"):
+        traced = jax.jit(lambda x: FUNCTIONS[name](x)).trace(jnp.arange(9))
+        assert kernel in traced.lower(lowering_platforms=("cuda",)).as_text()
+    products = re.findall(r"tt\.dot.* : tensor<[^>]*x(\w+)> \* tensor<[^>]*x(\w+)>", programs[0])
+    assert products and set(products) == {("bf16", "bf16")}
 
 
 def test_a_convolution_and_its_gradients_are_three_kernels(monkeypatch):

@@ -33,8 +33,15 @@ def draw(*shape, seed):
 def interpreted(monkeypatch):
     """Kernels of a GPU, wherever this is, and of any dtype."""
     monkeypatch.setattr(gpu, "run", lambda kernel, otherwise, *args, **static: kernel(*args, interpret=True, **static))
-    monkeypatch.setattr(ragged, "_fits", lambda *args: True)
-    monkeypatch.setattr(ragged, "has_outer", lambda *args: True)
+    for name in ("takes_matmul", "takes_parts", "takes_outer"):
+        monkeypatch.setattr(ragged, name, lambda *args: True)
+
+
+def spied(monkeypatch, name):
+    """What a function of `ragged` is given from here on, in its calls."""
+    told, real = [], getattr(ragged, name)
+    monkeypatch.setattr(ragged, name, lambda *args, **options: told.append(args) or real(*args, **options))
+    return told
 
 
 @pytest.fixture
@@ -167,7 +174,7 @@ def test_what_is_added_is_added_to_the_products_of_all(in_kernels, monkeypatch):
     scale = draw(clients, seed=6)
 
     def product(base, mix, values, x, index, scale):
-        return grouped.matmul(x, base, index, scale, [ragged.Part(mix, values)])
+        return grouped.matmul(x, base, index, scale, [grouped.Part(mix, values)])
 
     of_clients = jax.vmap(product, (None, 0, 0, 0, 0, 0))
     of_models = jax.vmap(of_clients, (0, 0, 0, None, None, None))
@@ -178,17 +185,21 @@ def test_what_is_added_is_added_to_the_products_of_all(in_kernels, monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [16, 3])
-def test_parts_of_few_rows_are_added_after_the_kernel(rows, monkeypatch):
+def test_parts_that_a_kernel_does_not_take_are_added_after_it(rows, monkeypatch):
     interpreted(monkeypatch)
+    monkeypatch.setattr(ragged, "takes_parts", lambda parts: rows == 16)
+    told = spied(monkeypatch, "matmul")
     index, x, base = index_of([8] * EXPERTS), draw(GROUPS, rows, 16, seed=1), draw(EXPERTS, 16, 64, seed=2)
     mix, values = draw(GROUPS, rows, 16, seed=3), draw(GROUPS, 16, 64, seed=4)
-    found = jax.jit(lambda *args: grouped.matmul(*args[:3], 0.5, [ragged.Part(*args[3:])]))(x, base, index, mix, values)
+    found = jax.jit(lambda *args: grouped.matmul(*args[:3], 0.5, [grouped.Part(*args[3:])]))(x, base, index, mix, values)
     np.testing.assert_allclose(found, 0.5 * x @ base[index] + mix @ values, atol=1e-4)
+    assert [len(args[4]) for args in told] == [int(rows == 16)]
 
 
 @pytest.mark.parametrize("absent", [0, 40])
 def test_sums_in_kernels_weigh_the_narrower_side(absent, monkeypatch):
     interpreted(monkeypatch)
+    told = spied(monkeypatch, "outer")
     index, weight = index_of([8] * EXPERTS), draw(GROUPS, 2, seed=4)
     index[:absent] = EXPERTS
     x, y = draw(GROUPS, 2, 64, seed=1), draw(GROUPS, 2, 128, seed=2)
@@ -198,6 +209,9 @@ def test_sums_in_kernels_weigh_the_narrower_side(absent, monkeypatch):
     for a, b, right in ((x, y, want), (y, x, want.swapaxes(1, 2))):
         rows = [grouped.Rows(*map(jnp.asarray, (a, b, weight)))]
         np.testing.assert_allclose(grouped.outer(rows, jnp.asarray(index), EXPERTS), right, atol=1e-4)
+    (((_, first),), *_), (((second, _),), *_) = told
+    np.testing.assert_array_equal(first, y)
+    np.testing.assert_array_equal(second, y)
 
 
 @pytest.mark.parametrize("size", grouped.sizes(GROUPS, EXPERTS))
