@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_round
 
 from fedmoe_jax import gpu, grouped, ragged
 
@@ -212,6 +213,19 @@ def test_sums_in_kernels_weigh_the_narrower_side(absent, monkeypatch):
     (((_, first),), *_), (((second, _),), *_) = told
     np.testing.assert_array_equal(first, y)
     np.testing.assert_array_equal(second, y)
+
+
+def test_a_round_with_kernels_is_that_without(monkeypatch):
+    """Of clients with unequal examples and steps, and one whose examples are NaN."""
+    data = small_round.population(sizes=(40, 16, 30, 5), broken=[2])
+    of = small_round.model(hidden=64, expert_hidden=64, top_k=2)
+    options = dict(of=of, engine="dual", batch_size=16, aligner=small_round.aligner("random", max_slots=3), cohort_size=4)
+    plain, _ = small_round.run(small_round.algorithm(**options), data)
+    interpreted(monkeypatch)
+    products, sums = (spied(monkeypatch, name) for name in ("matmul", "outer"))
+    found, info = small_round.run(small_round.algorithm(**options), data)
+    assert any(len(args[4]) > 1 for args in products) and sums and int(info.rejected_updates) == 1
+    assert small_round.distance(small_round.weights(found), small_round.weights(plain)) < 1e-4
 
 
 @pytest.mark.parametrize("size", grouped.sizes(GROUPS, EXPERTS))
