@@ -45,10 +45,11 @@ def takes_matmul(x: Float[Array, "group row feature"], base: Float[Array, "exper
 
 
 def takes_parts(parts: Sequence[Pair]) -> bool:
-    """Whether `matmul` adds these: bfloat16, as many rows as a power of two, of at least 16, and a multiple of 16 others."""
+    """Whether `matmul` adds these: bfloat16, as many rows as a power of two, of at least 16, a multiple of 16 others, and no more
+    numbers than 32 bits can tell the places of."""
     sizes = [mix.shape[1:] for mix, _ in parts]
     divided = all(rows >= 16 and rows & (rows - 1) == 0 and others % 16 == 0 for rows, others in sizes)
-    return divided and all(a.dtype == jnp.bfloat16 for part in parts for a in part)
+    return divided and all(a.dtype == jnp.bfloat16 and 0 < a.size < 2**31 for part in parts for a in part)
 
 
 def takes_outer(pairs: Sequence[tuple[Array, Array]], num_experts: int) -> bool:
@@ -76,6 +77,8 @@ def matmul(
 ) -> Float[Array, "group row hidden"]:
     """scale[g] * x[g] @ base[index[g]], 0 where that is no expert, and the sum of all parts' mix[g] @ values[g], added up in float32.
 
+    Indices are at least 0.
+
     `interpret` runs it anywhere, slowly.
     """
     (groups, rows, features), (experts, _, hidden) = x.shape, base.shape
@@ -100,7 +103,7 @@ def matmul(
             total = jnp.where(whole, total * scale[mine // rows][:, None], 0.0)
             for mix, values in zip(factors[::2], factors[1::2], strict=True):
                 total = _add_part(total, mix, values, row, tile, across, rows)
-            place = jnp.where(own, mine, groups * rows)  # no two the same: they would be written in any order
+            place = jnp.where(own, mine, groups * rows)  # none that is kept is also that of one that is not: they are written in any order
             gpu.store(out, place[:, None] * hidden + column + jnp.arange(width), own[:, None], total)
 
     given = [x.reshape(-1, features), base, *tiles, scale]

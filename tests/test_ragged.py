@@ -152,6 +152,11 @@ def test_kernels_take_what_32_bits_can_tell_the_places_of(monkeypatch):
     def outer(x, y):
         return ragged.takes_outer([(x, y)], 4)
 
+    def part(mix, values):
+        return ragged.takes_parts([(mix, values)])
+
+    assert taken(part, (2**10, 64, 256), (2**10, 256, 1024)) and not taken(part, (2**10, 64, 256), (2**10, 256, 2**13))
+    assert not taken(part, (2**13, 2**10, 256), (2**13, 256, 64)) and not taken(part, (4, 16, 0), (4, 0, 64))
     many = 2**16, 2**8
     assert taken(ragged.takes_matmul, (*many, 64), (2, 64, 64))
     assert not taken(ragged.takes_matmul, (*many, 64), (2, 64, 128))
