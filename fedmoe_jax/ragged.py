@@ -77,9 +77,7 @@ def matmul(
 ) -> Float[Array, "group row hidden"]:
     """scale[g] * x[g] @ base[index[g]], 0 where that is no expert, and the sum of all parts' mix[g] @ values[g], added up in float32.
 
-    Indices are at least 0.
-
-    `interpret` runs it anywhere, slowly.
+    Indices are at least 0. `interpret` runs it anywhere, slowly.
     """
     (groups, rows, features), (experts, _, hidden) = x.shape, base.shape
     height, width = _tile(rows, hidden, bool(parts))
