@@ -19,7 +19,7 @@ import optax
 from engines import Experts, experts
 
 import fedmoe_jax as fm
-from fedmoe_jax import sampling
+from fedmoe_jax import gpu, sampling
 from fedmoe_jax.alignment import elimination
 from fedmoe_jax.training.metrics import environment
 
@@ -170,18 +170,19 @@ def of_alignment(arguments):
 
 def newton_steps(experts, cohort, clients):
     """Systems of equations that a round of alignment solves, one after the other."""
-    solve, solved = elimination.solve, []
+    solve, solved = elimination.factorised, []
 
     def counted(*system):
         jax.debug.callback(lambda: solved.append(1))
         return solve(*system)
 
     jax.clear_caches()  # of what was traced without it
-    elimination.solve = counted
+    elimination.factorised = counted
     try:
-        in_turns(alignment(experts, cohort, clients), repeats=5)  # and once before
+        with gpu.portable():  # kernels of our own do not call it
+            in_turns(alignment(experts, cohort, clients), repeats=5)  # and once before
     finally:
-        elimination.solve = solve
+        elimination.factorised = solve
         jax.clear_caches()
     jax.effects_barrier()
     return len(solved) / CALLS / 6

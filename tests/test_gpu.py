@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedmoe_jax import gpu, grouped, sampling
-from fedmoe_jax.alignment import elimination
+from fedmoe_jax.alignment import flow, newton
 from fedmoe_jax.nn import implicit
 
 
@@ -28,6 +28,11 @@ def convolved(x):
     return implicit.convolve(jnp.ones((2, 3, 3, 1)) * x[1], jnp.ones((3, 3, 1, 4)) * x[2])
 
 
+def priced(x):
+    """A problem of five experts and nine clients."""
+    return flow.Problem(x + jnp.arange(45).reshape(5, 9), jnp.ones((5, 9), bool), x % 3, jnp.full(5, 1), jnp.full(5, 3))
+
+
 def wide(*shape):
     return jnp.ones(shape, jnp.bfloat16)
 
@@ -38,14 +43,14 @@ FUNCTIONS = {
     "positions of clients": lambda x: jax.vmap(jax.vmap(lambda key: sampling.permutation(key, x, 9)))(
         jax.random.split(jax.random.key(0), (2, 3))
     ),
-    "equations": lambda x: elimination.solve(jnp.eye(9), 1.0 * x),
     "a convolution": lambda x: convolved(1.0 * x).sum(),
     "gradients of a convolution": lambda x: jax.grad(lambda x: convolved(x).sum())(1.0 * x),
     "products with experts": lambda x: grouped.matmul(
         wide(3, 16, 64) * x[1], wide(2, 64, 128), x[:3] % 2, 1.0, [grouped.Part(wide(3, 16, 32), wide(3, 32, 128))]
     ),
     "sums for experts": lambda x: grouped.outer([grouped.Rows(wide(9, 4, 512), wide(9, 4, 1024), x[:, None] * jnp.ones((9, 4)))], x % 4, 4),
-    "64 equations": lambda x: elimination.solve(jnp.eye(64) * x[1], jnp.ones(64)),
+    "prices": lambda x: newton.prices(priced(x))[1],
+    "prices of groups": lambda x: jax.vmap(lambda add: newton.prices(priced(x + add))[1])(jnp.arange(2)),
 }
 
 

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from fedmoe_jax.alignment import blocks, elimination, flow
+from fedmoe_jax import gpu
+from fedmoe_jax.alignment import blocks, elimination, flow, newton_kernels
 from fedmoe_jax.alignment.flow import Problem
+from fedmoe_jax.alignment.newton_step import Bounds, corrected, is_off, shares, system
 
 _SHRINK = 10.0**-0.4
 _SMOOTHING = tuple(0.02 * _SHRINK**level for level in range(17))  # relative to the range of values
 _PARTLY = 8.0  # smoothings: below such a price an expert is not quite full, to within a client in 3,000
 _NEWTON_STEPS = 10  # at most, for each smoothing
-_OFF = 0.2  # times the undecided clients of an expert by which it may be off, or half a client
 _UNDECIDED = 0.3, 0.02  # with fewer clients of an expert, as a sum of hold (1 - hold), and fewer of all slots it is told who gets what
 
 
@@ -64,49 +65,54 @@ def _level(problem: Problem, clients, carry, smoothing):
     """
     whole, now, before = carry
     value, part, slots = clients
-    lower, room = (x.astype(jnp.float32) for x in (problem.lower, problem.upper - problem.lower))
     worth = (value - whole[0][:, None] - whole[1][:, None] + part) / problem.steps
-    base = whole[0] / problem.steps
+    bounds = Bounds(whole[0] / problem.steps, *(x.astype(jnp.float32) for x in (problem.lower, problem.upper - problem.lower)))
+    ahead = jax.tree.map(lambda now, before: now + _SHRINK * (now - before), now, before)  # it is smooth in the smoothing
+    given = worth, slots, bounds, smoothing, *ahead
+    if newton_kernels.takes(worth):
+        *new, worst, undecided = gpu.run(newton_kernels.converged, converged, *given, most=_NEWTON_STEPS)
+    else:
+        *new, worst, undecided = converged(*given, most=_NEWTON_STEPS)
+    new = tuple(new)
+    rounded = jax.tree.map(lambda x: jnp.round(x * problem.steps).astype(jnp.int32), new)
+    new, now = (jax.tree.map(lambda x, n: x - n / problem.steps, each, rounded) for each in (new, now))
+    return (jax.tree.map(jnp.add, whole, rounded), new, now), undecided, ~is_off(worst, undecided, worth.shape[1])
 
-    def shares(prices, worth, slots, thresholds):
-        """What clients hold, how that changes with prices, and what is too much for a client and how that changes."""
-        hold = jax.nn.sigmoid((worth - prices[:, None] - thresholds) / smoothing)
-        slope = hold * (1.0 - hold)
-        return hold, slope, hold.sum(axis=0) - slots, slope.sum(axis=0) + 1e-3
+
+def converged(
+    worth: Float[Array, "block expert client"],
+    slots: Float[Array, "block client"],
+    bounds: Bounds,
+    smoothing: Float[Array, ""],
+    prices: Float[Array, " expert"],
+    thresholds: Float[Array, "block client"],
+    *,
+    most: int,
+) -> tuple[Float[Array, " expert"], Float[Array, "block client"], Float[Array, ""], Float[Array, ""]]:
+    """Newton's method for one smoothing: `most` steps at most.
+
+    Returns:
+      Prices and thresholds; by how many clients the worst expert was off before the last step, and how many were undecided then.
+    """
+    num_experts = worth.shape[1]
 
     def sums(prices, *block):
         """Over clients: what is held, how much of that wavers, what rows pull at prices, and how prices pull at each other."""
-        hold, slope, row, steepness = shares(prices, *block)
+        hold, slope, row, steepness = shares(prices, smoothing, *block)
         scaled = slope * lax.rsqrt(steepness)
         between = jnp.matmul(scaled, scaled.T, precision=lax.Precision.HIGHEST)
         return hold.sum(axis=1), slope.sum(axis=1), (slope * (row / steepness)).sum(axis=1), between
 
-    def corrected(prices, change, worth, slots, thresholds):
-        """The thresholds that fill slots again after a change of the prices."""
-        _, slope, row, steepness = shares(prices, worth, slots, thresholds)
-        return thresholds + smoothing * jnp.clip((row - (change[:, None] * slope).sum(axis=0)) / steepness, -6.0, 6.0)
-
     def step(state):
         prices, thresholds, _, _, count = state
         held, wavering, pull, between = blocks.summed(functools.partial(sums, prices), worth, slots, thresholds)
-        full = jax.nn.sigmoid((base + prices) / smoothing)
-        column, diagonal = held - lower - room * full, wavering + room * full * (1.0 - full)
-        damping = 1e-2 + 1e-3 * diagonal.mean()
-        solution = elimination.solve(jnp.diag(diagonal + damping) - between, column - pull)
-        change = jnp.clip(jnp.nan_to_num(solution), -4.0, 4.0)
-        thresholds = blocks.mapped(functools.partial(corrected, prices, change), worth, slots, thresholds)
+        matrix, column = system(bounds, prices, smoothing, held, wavering, between, num_experts)
+        change = jnp.clip(jnp.nan_to_num(elimination.factorised(matrix, column - pull)), -4.0, 4.0)
+        thresholds = blocks.mapped(functools.partial(corrected, prices, change, smoothing), worth, slots, thresholds)
         return prices + smoothing * change, thresholds, jnp.abs(column).max(), wavering.sum(), count + 1
 
-    def is_off(state):
-        _, _, worst, undecided, _ = state
-        return ~(worst <= jnp.maximum(_OFF * undecided / lower.shape[0], 0.5))
-
     def unsettled(state):
-        return is_off(state) & (state[-1] < _NEWTON_STEPS)
+        *_, worst, undecided, count = state
+        return is_off(worst, undecided, num_experts) & (count < most)
 
-    ahead = jax.tree.map(lambda now, before: now + _SHRINK * (now - before), now, before)  # it is smooth in the smoothing
-    found = lax.while_loop(unsettled, step, (*ahead, jnp.inf, 0.0, 0))
-    new, undecided, settled = found[:2], found[3], ~is_off(found)
-    rounded = jax.tree.map(lambda x: jnp.round(x * problem.steps).astype(jnp.int32), new)
-    new, now = (jax.tree.map(lambda x, n: x - n / problem.steps, each, rounded) for each in (new, now))
-    return (jax.tree.map(jnp.add, whole, rounded), new, now), undecided, settled
+    return lax.while_loop(unsettled, step, (prices, thresholds, jnp.array(jnp.inf), jnp.zeros(()), 0))[:-1]
