@@ -10,12 +10,9 @@ from jaxtyping import Array, Float, Int
 from fedmoe_jax import gpu
 from fedmoe_jax.alignment import blocks, elimination, flow, newton_kernels
 from fedmoe_jax.alignment.flow import Problem
-from fedmoe_jax.alignment.newton_step import Bounds, corrected, is_off, shares, system
+from fedmoe_jax.alignment.newton_step import MOST, SMOOTHING, Bounds, Level, corrected, excess_worth, is_off, next_level, shares, system
 
-_SHRINK = 10.0**-0.4
-_SMOOTHING = tuple(0.02 * _SHRINK**level for level in range(17))  # relative to the range of values
 _PARTLY = 8.0  # smoothings: below such a price an expert is not quite full, to within a client in 3,000
-_NEWTON_STEPS = 10  # at most, for each smoothing
 _UNDECIDED = 0.3, 0.02  # with fewer clients of an expert, as a sum of hold (1 - hold), and fewer of all slots it is told who gets what
 
 
@@ -30,53 +27,53 @@ def prices(problem: Problem) -> tuple[Int[Array, " expert"], Float[Array, " expe
     Returns:
       The prices rounded to integers, and what they are more than these.
     """
-    smoothing = jnp.array(_SMOOTHING, jnp.float32)
-    num_experts, num_clients = problem.value.shape
     value = jnp.where(problem.allowed, problem.value, -flow.FAR)
     least = jnp.where(problem.slots > 0, flow.least(value, problem.slots), value.max(axis=0))
-    thresholds = jnp.maximum(least, -4 * problem.steps)  # nothing is allowed: as good as never
+    begin = jnp.where(problem.slots > 0, -0.5, 1.0) * SMOOTHING[0]
+    thresholds = Level(jnp.maximum(least, -4 * problem.steps), begin, begin)  # nothing is allowed: as good as never
+    few = jnp.minimum(_UNDECIDED[0] * value.shape[0], _UNDECIDED[1] * problem.slots.sum())
+    part = jnp.broadcast_to(jnp.asarray(problem.part, jnp.float32), value.shape)
+    lower, room = (x.astype(jnp.float32) for x in (problem.lower, problem.upper - problem.lower))
+    steps = jnp.asarray(problem.steps, jnp.float32)
+    given = (value, part, problem.slots.astype(jnp.float32)), thresholds, lower, room, steps, few
+    found = gpu.run(newton_kernels.found, _found, *given) if newton_kernels.takes(value) else _found(*given)
+    whole, rest, smoothing = found
+    free = (problem.lower < problem.upper) & (jnp.abs(whole) < _PARTLY * smoothing * problem.steps)
+    return jnp.where(free, 0, whole), jnp.where(free, 0.0, rest * problem.steps)
+
+
+def _found(clients, thresholds, lower, room, steps, few):
+    """Prices, rounded and what is left, and the last smoothing: of clients by value, its part and slots, until `few` are undecided."""
+    num_experts, num_clients = clients[0].shape
     number = blocks.count(num_experts, num_clients)
-    start = jnp.zeros(num_experts, jnp.int32), blocks.split(thresholds, number)
-    ahead = jnp.zeros(num_experts), blocks.split(jnp.where(problem.slots > 0, -0.5, 1.0), number) * smoothing[0]
-    part = blocks.split(jnp.broadcast_to(problem.part, value.shape), number)
-    clients = blocks.split(value, number, -flow.FAR), part, blocks.split(problem.slots.astype(jnp.float32), number)
+    clients = tuple(blocks.split(rows, number, fill) for rows, fill in zip(clients, (-flow.FAR, 0, 0), strict=True))
+    thresholds = Level(*(blocks.split(x, number) for x in thresholds))
 
     def level(state):
-        number, carry, *_ = state
-        return number + 1, *_level(problem, clients, carry, smoothing[number])
+        number, prices, thresholds, *_ = state
+        return number + 1, *_level(clients, (lower, room), (prices, thresholds), smoothing[number], steps)
 
     def unfinished(state):
-        number, _, undecided, settled = state
-        return (number < len(_SMOOTHING)) & ~(settled & (undecided <= few))
+        number, *_, undecided, settled = state
+        return (number < len(SMOOTHING)) & ~(settled & (undecided <= few))
 
-    few = jnp.minimum(_UNDECIDED[0] * num_experts, _UNDECIDED[1] * problem.slots.sum())
-    begin = 0, (start, ahead, ahead), jnp.inf, jnp.bool_(False)
-    last, (whole, rest, _), *_ = lax.while_loop(unfinished, level, begin)
-    free = (problem.lower < problem.upper) & (jnp.abs(whole[0]) < _PARTLY * smoothing[last - 1] * problem.steps)
-    return jnp.where(free, 0, whole[0]), jnp.where(free, 0.0, rest[0] * problem.steps)
+    smoothing, nothing = jnp.array(SMOOTHING, jnp.float32), jnp.zeros(num_experts)
+    begin = 0, Level(nothing.astype(jnp.int32), nothing, nothing), thresholds, jnp.inf, jnp.bool_(False)
+    last, prices, *_ = lax.while_loop(unfinished, level, begin)
+    return prices.whole, prices.last, smoothing[last - 1]
 
 
-def _level(problem: Problem, clients, carry, smoothing):
-    """Newton's method for one smoothing, from where the last two point to.
+def _level(clients, bounds, levels, smoothing, steps):
+    """Newton's method for one smoothing, and where prices and thresholds of the next one begin. In blocks of clients.
 
-    The carry holds prices and thresholds: integer parts, and what is left beside them, in units of the range of values,
-    after the last smoothing and after the one before it. Also returns how many clients are undecided, and whether it has converged,
-    both as of before the last step. Values and their parts, slots and thresholds are in blocks of clients.
+    Also returns how many clients are undecided, and whether it has converged, both as of before the last step.
     """
-    whole, now, before = carry
-    value, part, slots = clients
-    worth = (value - whole[0][:, None] - whole[1][:, None] + part) / problem.steps
-    bounds = Bounds(whole[0] / problem.steps, *(x.astype(jnp.float32) for x in (problem.lower, problem.upper - problem.lower)))
-    ahead = jax.tree.map(lambda now, before: now + _SHRINK * (now - before), now, before)  # it is smooth in the smoothing
-    given = worth, slots, bounds, smoothing, *ahead
-    if newton_kernels.takes(worth):
-        *new, worst, undecided = gpu.run(newton_kernels.converged, converged, *given, most=_NEWTON_STEPS)
-    else:
-        *new, worst, undecided = converged(*given, most=_NEWTON_STEPS)
-    new = tuple(new)
-    rounded = jax.tree.map(lambda x: jnp.round(x * problem.steps).astype(jnp.int32), new)
-    new, now = (jax.tree.map(lambda x, n: x - n / problem.steps, each, rounded) for each in (new, now))
-    return (jax.tree.map(jnp.add, whole, rounded), new, now), undecided, ~is_off(worst, undecided, worth.shape[1])
+    (value, part, slots), (prices, thresholds) = clients, levels
+    worth = jax.vmap(excess_worth, (0, 0, None, 0, None))(value, part, prices.whole, thresholds.whole, steps)
+    bounds = Bounds(prices.whole / steps, *bounds)
+    *new, worst, undecided = converged(worth, slots, bounds, smoothing, prices.now, thresholds.now)
+    begin = (next_level(level._replace(now=now), steps) for level, now in zip(levels, new, strict=True))
+    return *begin, undecided, ~is_off(worst, undecided, value.shape[1])
 
 
 def converged(
@@ -86,10 +83,8 @@ def converged(
     smoothing: Float[Array, ""],
     prices: Float[Array, " expert"],
     thresholds: Float[Array, "block client"],
-    *,
-    most: int,
 ) -> tuple[Float[Array, " expert"], Float[Array, "block client"], Float[Array, ""], Float[Array, ""]]:
-    """Newton's method for one smoothing: `most` steps at most.
+    """Newton's method for one smoothing.
 
     Returns:
       Prices and thresholds; by how many clients the worst expert was off before the last step, and how many were undecided then.
@@ -113,6 +108,6 @@ def converged(
 
     def unsettled(state):
         *_, worst, undecided, count = state
-        return is_off(worst, undecided, num_experts) & (count < most)
+        return is_off(worst, undecided, num_experts) & (count < MOST)
 
     return lax.while_loop(unsettled, step, (prices, thresholds, jnp.array(jnp.inf), jnp.zeros(()), 0))[:-1]

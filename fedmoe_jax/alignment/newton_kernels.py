@@ -1,119 +1,175 @@
-"""Newton's method for prices in two kernels a step, on NVIDIA GPUs, where it would be many small ones."""
+"""Newton's method for prices in two kernels a step, on NVIDIA GPUs: else it would be many, and the host would wait after each step.
+
+All is told to the next kernel by arrays that it changes in place, so that the host looks once in some steps whether prices are found.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fedmoe_jax import gpu
-from fedmoe_jax.alignment import elimination
-from fedmoe_jax.alignment.newton_step import Bounds, corrected, is_off, shares, system
+from fedmoe_jax.alignment import elimination, flow
+from fedmoe_jax.alignment.newton_step import MOST, SMOOTHING, Bounds, Level, corrected, excess_worth, is_off, next_level, shares, system
 
 _CLIENTS = 64  # that a program looks at together
-_PROGRAMS = 128  # at most: about as many as a GPU has processors
-_NEVER = -1e6  # what is worth so little is not held
+_PROGRAMS = 64  # at most: with more, adding their sums takes longer than they save
+_STEPS = 8  # after which the host looks whether prices are found
 
 
-def takes(worth: Float[Array, "block expert client"]) -> bool:
-    """Whether `converged` takes so many experts, and clients in one block."""
-    return worth.shape[0] == 1 and worth.shape[1] <= elimination.MOST and worth.size > 0
+class _Before(NamedTuple):
+    """Of the step before: prices, and their change in smoothings."""
+
+    whole: Any
+    prices: Any
+    change: Any
 
 
-def converged(
-    worth: Float[Array, "block expert client"],
-    slots: Float[Array, "block client"],
-    bounds: Bounds,
-    smoothing: Float[Array, ""],
-    prices: Float[Array, " expert"],
-    thresholds: Float[Array, "block client"],
+class _Count(NamedTuple):
+    """Of the level and, in it, the step; whether the step before was the last of its level, and whether that was the last of all."""
+
+    level: Any
+    step: Any
+    ended: Any
+    found: Any
+
+
+class _State(NamedTuple):
+    thresholds: Level
+    prices: Level
+    before: _Before
+    count: _Count
+
+
+def takes(value: Int[Array, "expert client"]) -> bool:
+    """Whether `found` takes so many experts and clients."""
+    return value.shape[0] <= elimination.MOST and value.size > 0
+
+
+def found(
+    clients: tuple[Int[Array, "expert client"], Float[Array, "expert client"], Float[Array, " client"]],
+    thresholds: Level,
+    lower: Float[Array, " expert"],
+    room: Float[Array, " expert"],
+    steps: Float[Array, ""],
+    few: Float[Array, ""],
     *,
-    most: int,
     interpret: bool = False,
-) -> tuple[Float[Array, " expert"], Float[Array, "block client"], Float[Array, ""], Float[Array, ""]]:
-    """As `newton.converged`. A step's thresholds are corrected at the beginning of the next one, and after the last.
+) -> tuple[Int[Array, " expert"], Float[Array, " expert"], Float[Array, ""]]:
+    """Prices of clients by value, its part and slots, until `few` are undecided. `interpret` runs it anywhere, slowly.
 
-    `interpret` runs it anywhere, slowly.
+    Returns:
+      The prices rounded to integers, what they are more than these in ranges of values, and the last smoothing.
     """
-    (_, experts, clients), padded = worth.shape, max(1 << (worth.shape[1] - 1).bit_length(), 16)
-    parts = -(-clients // _CLIENTS)
-    each = -(-parts // _PROGRAMS)
-    programs = -(-parts // each)
-    more, others = padded - experts, programs * each * _CLIENTS - clients
-    worth = jnp.pad(worth[0], ((0, more), (0, others)), constant_values=_NEVER)
-    slots, start = (jnp.pad(a[0], (0, others)) for a in (slots, thresholds))
-    bounds, prices = jax.tree.map(lambda a: jnp.pad(a, (0, more)), (bounds, prices))
+    (experts, number), padded = clients[0].shape, max(1 << (clients[0].shape[0] - 1).bit_length(), 16)
+    parts = -(-number // _CLIENTS)
+    programs = -(-parts // -(-parts // _PROGRAMS))
+    more, others = padded - experts, -(-parts // programs) * programs * _CLIENTS - number
+    value, part, slots = clients
+    value = jnp.pad(value, ((0, more), (0, others)), constant_values=-flow.FAR)
+    clients = value, jnp.pad(part, ((0, more), (0, others))), jnp.pad(slots, (0, others))
+    thresholds = Level(*(jnp.pad(x, (0, others)) for x in thresholds))
+    bounds = jnp.pad(lower, (0, more)), jnp.pad(room, (0, more))
+    scale, levels = jnp.stack([steps, few]), jnp.array(SMOOTHING, jnp.float32)
 
-    def summed(prices, change, thresholds, told):
-        return _summed((worth, slots, thresholds), (prices, change), smoothing[None], told, programs, interpret)
+    def step(_, state):
+        state, sums = _summed(clients, state, levels, scale, programs, interpret)
+        return _solved(sums, bounds, state, levels, scale, experts, interpret)
 
-    def step(state):
-        prices, change, _, told = state
-        thresholds, *sums = summed(*state)
-        prices, change, told = _solved(sums, bounds, (prices, change), smoothing[None], told, experts, interpret)
-        return prices, change, thresholds, told
-
-    def unsettled(state):
-        worst, undecided, count = state[-1]
-        return is_off(worst, undecided, experts) & (count < most)
-
-    begin = prices, jnp.zeros(padded, jnp.float32), start, jnp.array([jnp.inf, 0.0, 0.0], jnp.float32)
-    found = lax.while_loop(unsettled, step, begin)
-    prices, change, _, told = found
-    return (prices + smoothing * change)[:experts], summed(*found)[0][None, :clients], told[0], told[1]
+    whole, nothing, none = jnp.zeros(padded, jnp.int32), jnp.zeros(padded), jnp.zeros(1, jnp.int32)
+    prices, before = Level(whole, nothing, nothing), _Before(whole, nothing, nothing)
+    begin = _State(thresholds, prices, before, _Count(none, none, none, none))
+    state = lax.while_loop(
+        lambda state: state.count.found[0] == 0, lambda state: lax.fori_loop(0, _STEPS, step, state, unroll=True), begin
+    )
+    return state.prices.whole[:experts], state.prices.last[:experts], levels[state.count.level[0]]
 
 
-def _summed(clients, prices, smoothing, told, programs, interpret):
-    """Thresholds of clients, corrected after the last change of prices if there was a step before, and sums of each program over its
-    clients after it: what is held, how much of that wavers, what rows pull at prices, and how prices pull at each other."""
+def _summed(clients, state, levels, scale, programs, interpret):
+    """The state with thresholds corrected after the last change of prices, and sums of each program over its clients: what is held, how
+    much of that wavers, what rows pull at prices, and how prices pull at each other."""
     experts, number = clients[0].shape
     each = number // (programs * _CLIENTS)
 
-    def newton_sums(worth, slots, thresholds, prices, change, smoothing, told, new, *outs):
-        program, width = pallas.program_id(0), smoothing[0]
-        before, moved = prices[...], change[...]
-        now = before + width * moved
+    def newton_sums(clients, state, levels, scale, new, held, wavering, pull, between):
+        (value, part, slots), (thresholds, prices, before, count) = clients, state
+        program, steps, width = pallas.program_id(0), scale[0], levels[count.level[0]]
+        begun, ended = count.level[0] + count.step[0] > 0, count.ended[0]
+        width_before = levels[count.level[0] - ended]
+        precision = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3  # alike, but quicker
 
-        def add(part, total):
-            own = pallas.ds((program * each + part) * _CLIENTS, _CLIENTS)
-            given, old = (worth[:, own], slots[own]), thresholds[own]
-            threshold = jnp.where(told[2] > 0, corrected(before, moved, width, *given, old), old)
-            new[own] = threshold
-            hold, slope, row, steepness = shares(now, width, *given, threshold)
+        def add(block, total):
+            own = pallas.ds((program * each + block) * _CLIENTS, _CLIENTS)
+            of_pairs, of_clients = (value[:, own], part[:, own]), slots[own]
+            level = Level(*(x[own] for x in thresholds))
+            worth = excess_worth(*of_pairs, before.whole[...], level.whole, steps)
+            right = corrected(before.prices[...], before.change[...], width_before, worth, of_clients, level.now)
+            level = level._replace(now=jnp.where(begun, right, level.now))
+            level = Level(*(jnp.where(ended > 0, x, y) for x, y in zip(next_level(level, steps), level, strict=True)))
+            for out, x in zip(new, level, strict=True):
+                out[own] = x
+            worth = excess_worth(*of_pairs, prices.whole[...], level.whole, steps)
+            hold, slope, row, steepness = shares(prices.now[...], width, worth, of_clients, level.now)
             scaled = slope * lax.rsqrt(steepness)[None, :]
-            between = lax.dot_general(scaled, scaled, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
-            sums = hold.sum(1), slope.sum(1), (slope * (row / steepness)[None, :]).sum(1), between
+            product = lax.dot_general(scaled, scaled, (((1,), (1,)), ((), ())), precision=precision)
+            sums = hold.sum(1), slope.sum(1), (slope * (row / steepness)[None, :]).sum(1), product
             return tuple(a + b for a, b in zip(total, sums, strict=True))
 
-        for out, total in zip(outs, lax.fori_loop(0, each, add, _nothing(experts)), strict=True):
-            out[program] = total
+        @pallas.when(count.found[0] == 0)
+        def _():
+            for out, total in zip((held, wavering, pull, between), lax.fori_loop(0, each, add, _nothing(experts)), strict=True):
+                out[program] = total
 
-    shapes = [(number,), *[(programs, experts)] * 3, (programs, experts, experts)]
-    outs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return gpu.call(newton_sums, outs, warps=8, interpret=interpret, grid=(programs,))(*clients, *prices, smoothing, told)
+    shapes = [(programs, experts)] * 3 + [(programs, experts, experts)]
+    sums = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    outs = _like(state.thresholds), *sums
+    call = gpu.call(newton_sums, outs, warps=8, interpret=interpret, grid=(programs,), input_output_aliases={3 + i: i for i in range(3)})
+    thresholds, *sums = call(clients, state, levels, scale)
+    return state._replace(thresholds=thresholds), sums
 
 
-def _solved(sums, bounds, prices, smoothing, told, number, interpret):
-    """Prices after their last change, the next one in smoothings, and as floats by how many clients the worst of `number` experts is off,
-    how many are undecided, and the number of the step. All numbers are finite: a GPU does not tell the largest of others."""
+def _solved(sums, bounds, state, levels, scale, number, interpret):
+    """The state with prices that `number` experts have next. All numbers are finite: a GPU does not tell the largest of others."""
     programs, experts = sums[0].shape
 
-    def newton_solve(held, wavering, pull, between, base, lower, room, prices, change, smoothing, told, now, next_change, tell):
+    def newton_solve(sums, bounds, state, levels, scale, *new):
+        prices, _, count = state
+        steps, few, width = scale[0], scale[1], levels[count.level[0]]
+
         def add(program, total):
-            return tuple(a + part[program] for a, part in zip(total, (held, wavering, pull, between), strict=True))
+            return tuple(a + part[program] for a, part in zip(total, sums, strict=True))
 
-        total = lax.fori_loop(0, programs, add, _nothing(experts))
-        price = prices[...] + smoothing[0] * change[...]
-        equations = system(Bounds(base[...], lower[...], room[...]), price, smoothing[0], total[0], total[1], total[3], number)
-        found = elimination.reduced(equations[0], equations[1] - total[2])
-        now[...] = price
-        next_change[...] = jnp.clip(jnp.where(found == found, found, 0.0), -4.0, 4.0)  # 0 where there is no solution
-        tell[0], tell[1], tell[2] = jnp.abs(equations[1]).max(), total[1].sum(), told[2] + 1
+        @pallas.when(count.found[0] == 0)
+        def _():
+            held, wavering, pull, between = lax.fori_loop(0, programs, add, _nothing(experts))
+            level = Level(*(x[...] for x in prices))
+            of_experts = Bounds(level.whole / steps, *(x[...] for x in bounds))
+            matrix, column = system(of_experts, level.now, width, held, wavering, between, number)
+            change = elimination.swept(matrix, column - pull)
+            change = jnp.clip(jnp.where(change == change, change, 0.0), -4.0, 4.0)  # 0 where there is no solution
+            worst, undecided, step = jnp.abs(column).max(), wavering.sum(), count.step[0] + 1
+            settled = ~is_off(worst, undecided, number)
+            ended = settled | (step >= MOST)
+            last = ended & ((settled & (undecided <= few)) | (count.level[0] + 1 >= len(SMOOTHING)))
+            moved = level._replace(now=level.now + width * change)
+            begin = (jnp.where(ended, x, y) for x, y in zip(next_level(moved, steps), moved, strict=True))
+            counts = count.level[0] + (ended & ~last).astype(jnp.int32), jnp.where(ended, 0, step), ended, last
+            for out, x in zip(jax.tree.leaves(new), (*begin, level.whole, level.now, change, *counts), strict=True):
+                out[...] = jnp.broadcast_to(x, out.shape).astype(out.dtype)
 
-    outs = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in (experts, experts, 3)]
-    return gpu.call(newton_solve, outs, warps=8, interpret=interpret)(*sums, *bounds, *prices, smoothing, told)
+    changed = state[1:]
+    aliases = {len(sums) + len(bounds) + i: i for i in range(len(jax.tree.leaves(changed)))}
+    call = gpu.call(newton_solve, _like(changed), warps=4, interpret=interpret, input_output_aliases=aliases)
+    return _State(state.thresholds, *call(sums, bounds, changed, levels, scale))
 
 
 def _nothing(experts):
     none = jnp.zeros(experts, jnp.float32)
     return none, none, none, jnp.zeros((experts, experts), jnp.float32)
+
+
+def _like(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

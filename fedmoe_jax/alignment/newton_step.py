@@ -5,9 +5,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+_SHRINK = 10.0**-0.4
 _OFF = 0.2  # times the undecided clients of an expert by which it may be off, or half a client
+
+SMOOTHING = tuple(0.02 * _SHRINK**level for level in range(17))
+"""How far below their threshold clients waver, level by level, relative to the range of values."""
+
+MOST = 10
+"""Steps of a level."""
+
+
+class Level(NamedTuple):
+    """Prices, or thresholds, of a level of smoothing, which floats alone do not hold to within a step: `whole` are in steps of a value.
+
+    `last` and `now` are what is left beside these, in ranges of values: at the end of the level before, and now.
+    """
+
+    whole: Int[Array, " n"]
+    last: Float[Array, " n"]
+    now: Float[Array, " n"]
 
 
 class Bounds(NamedTuple):
@@ -16,6 +34,24 @@ class Bounds(NamedTuple):
     base: Float[Array, " expert"]
     lower: Float[Array, " expert"]
     room: Float[Array, " expert"]
+
+
+def next_level(level: Level, steps: Float[Array, ""]) -> Level:
+    """Where the next level begins: where this one and the one before point to, as all is smooth in the smoothing."""
+    rounded = jnp.floor(level.now * steps + 0.5).astype(jnp.int32)
+    last, now = (rest - rounded / steps for rest in (level.last, level.now))
+    return Level(level.whole + rounded, now, now + _SHRINK * (now - last))
+
+
+def excess_worth(
+    value: Int[Array, "expert client"],
+    part: Float[Array, "expert client"],
+    prices: Int[Array, " expert"],
+    thresholds: Int[Array, " client"],
+    steps: Float[Array, ""],
+) -> Float[Array, "expert client"]:
+    """By how many ranges a value, of integer and `part`, is above price and threshold: exact before it is rounded."""
+    return (value - prices[:, None] - thresholds[None, :] + part) / steps
 
 
 def shares(

@@ -14,7 +14,7 @@ from fedmoe_jax.conditional import apply_if
 
 _NEAR, _SHARE = 1024, 16  # a repair of a large problem looks first among so many clients, or one in so many
 _LARGE = 1 << 26  # swaps of experts that clients could make; below, to look among all takes little longer and compiles sooner
-_ROWS, _ROWS_ON_CPU = 8, 4  # experts whose arcs are computed side by side
+_ROWS, _ROWS_ON_CPU = 64, 4  # experts whose arcs are computed side by side
 _SLACK = 4  # times the cost of a change outside by which prices may change before the nearest are chosen anew
 _RELAXATIONS = 4  # between two looks whether there was any use in them
 
@@ -184,7 +184,7 @@ def _ends(distance, parent, client, excess) -> Bool[Array, " node"]:
 
 def _top(parent: Int[Array, " node"]) -> Int[Array, " node"]:
     """The last of each node's ancestors."""
-    return lax.fori_loop(0, parent.shape[0].bit_length(), lambda _, ancestor: ancestor[ancestor], parent)
+    return lax.fori_loop(0, parent.shape[0].bit_length(), lambda _, ancestor: ancestor[ancestor], parent, unroll=True)
 
 
 def _ancestors(end: Bool[Array, " node"], parent: Int[Array, " node"]) -> Bool[Array, " node"]:
@@ -194,4 +194,4 @@ def _ancestors(end: Bool[Array, " node"], parent: Int[Array, " node"]) -> Bool[A
         seen, ancestor = carry
         return seen.at[ancestor].max(seen), ancestor[ancestor]
 
-    return lax.fori_loop(0, parent.shape[0].bit_length(), back, (end, parent))[0]
+    return lax.fori_loop(0, parent.shape[0].bit_length(), back, (end, parent), unroll=True)[0]
