@@ -15,7 +15,7 @@ from fedmoe_jax import gpu
 from fedmoe_jax.alignment import elimination, flow
 from fedmoe_jax.alignment.newton_step import MOST, SMOOTHING, Bounds, Level, corrected, excess_worth, is_off, next_level, shares, system
 
-_CLIENTS = 64  # that a program looks at together
+_CLIENTS = 128  # that a program looks at together
 _PROGRAMS = 64  # at most: with more, adding their sums takes longer than they save
 _STEPS = 8  # after which the host looks whether prices are found
 

@@ -14,7 +14,8 @@ from fedmoe_jax.conditional import apply_if
 
 _NEAR, _SHARE = 1024, 16  # a repair of a large problem looks first among so many clients, or one in so many
 _LARGE = 1 << 26  # swaps of experts that clients could make; below, to look among all takes little longer and compiles sooner
-_ROWS, _ROWS_ON_CPU = 64, 4  # experts whose arcs are computed side by side
+_ROWS, _ROWS_ON_CPU = 8, 4  # experts whose arcs are computed side by side
+_AT_ONCE = 1 << 23  # swaps up to which other devices compute the arcs of all
 _SLACK = 4  # times the cost of a change outside by which prices may change before the nearest are chosen anew
 _RELAXATIONS = 4  # between two looks whether there was any use in them
 
@@ -132,7 +133,8 @@ def _costs(problem: Problem, plan: Plan, load, worth) -> Int[Array, "node node"]
     """Cost of each arc at the current prices, at least 0: between experts, to the bank and from it."""
     leave = jnp.where(plan.mask, worth, FAR)
     enter = jnp.where(plan.mask | ~problem.allowed, -FAR, worth).T  # so that the least over clients is one of vectors
-    rows = _ROWS_ON_CPU if jax.default_backend() == "cpu" else _ROWS
+    few = worth.size * worth.shape[0] <= _AT_ONCE
+    rows = _ROWS_ON_CPU if jax.default_backend() == "cpu" else worth.shape[0] if few else _ROWS
     swap = lax.map(lambda held: jnp.min(held[:, None] - enter, axis=0), leave, batch_size=rows)
     taken, _ = excess(problem, plan.prices, load)
     fine = problem.fine
