@@ -8,6 +8,7 @@ clients have the examples of W2 (benchmarks/engines.py), 60 of 784 features in b
 
 import argparse
 import datetime
+import functools
 import json
 import statistics
 import time
@@ -92,29 +93,31 @@ def in_turns(*sides, repeats):
 
 
 def alignment(experts, cohort, clients, slots=4):
-    """One round of alignment alone: assignment, probes, and what is learnt from the feedback."""
+    """Rounds of alignment alone, in one compiled loop: assignment, probes, and what is learnt from the feedback."""
     aligner = fm.alignment.balanced(num_experts=experts, max_slots=slots)
     keys, draw = jax.random.split(jax.random.key(1), 3), jnp.ones(cohort, bool)
 
-    @jax.jit
     def step(state, key):
         chosen = fm.Cohort(sampling.cohort(key, clients, cohort), draw, jnp.full(cohort, slots))
         found, state = aligner.align(key, state, chosen)
         noise = jax.random.uniform(keys[0], (cohort, slots + aligner.probes))
         tokens = jnp.full((cohort, slots), 15, jnp.int32)
         feedback = fm.Feedback(jnp.full(cohort, EXAMPLES), tokens, noise[:, :slots] * 15, noise[:, :slots] * 15, noise)
-        return aligner.learn(state, chosen, found, feedback)
+        return aligner.learn(state, chosen, found, feedback), None
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def rounds(state, key):
+        return jax.lax.scan(step, state, jax.random.split(key, CALLS))[0]
 
     state = aligner.init(clients)
     count = 0
 
     def once():
         nonlocal state, count
+        count += 1
+        key = jax.random.fold_in(keys[2], count)
         start = time.perf_counter()
-        for _ in range(CALLS):
-            count += 1
-            state = step(state, jax.random.fold_in(keys[2], count))
-        jax.block_until_ready(state)
+        state = jax.block_until_ready(rounds(state, key))
         return (time.perf_counter() - start) / CALLS
 
     return once

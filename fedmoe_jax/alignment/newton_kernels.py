@@ -28,7 +28,7 @@ class _Before(NamedTuple):
     change: Any
 
 
-class _Count(NamedTuple):
+class _Progress(NamedTuple):
     """Of the level and, in it, the step; whether the step before was the last of its level, and whether that was the last of all."""
 
     level: Any
@@ -41,7 +41,7 @@ class _State(NamedTuple):
     thresholds: Level
     prices: Level
     before: _Before
-    count: _Count
+    progress: _Progress
 
 
 def takes(value: Int[Array, "expert client"]) -> bool:
@@ -81,11 +81,11 @@ def found(
 
     whole, nothing, none = jnp.zeros(padded, jnp.int32), jnp.zeros(padded), jnp.zeros(1, jnp.int32)
     prices, before = Level(whole, nothing, nothing), _Before(whole, nothing, nothing)
-    begin = _State(thresholds, prices, before, _Count(none, none, none, none))
+    begin = _State(thresholds, prices, before, _Progress(none, none, none, none))
     state = lax.while_loop(
-        lambda state: state.count.found[0] == 0, lambda state: lax.fori_loop(0, _STEPS, step, state, unroll=True), begin
+        lambda state: state.progress.found[0] == 0, lambda state: lax.fori_loop(0, _STEPS, step, state, unroll=True), begin
     )
-    return state.prices.whole[:experts], state.prices.last[:experts], levels[state.count.level[0]]
+    return state.prices.whole[:experts], state.prices.last[:experts], levels[state.progress.level[0]]
 
 
 def _summed(clients, state, levels, scale, programs, interpret):
@@ -95,10 +95,10 @@ def _summed(clients, state, levels, scale, programs, interpret):
     each = number // (programs * _CLIENTS)
 
     def newton_sums(clients, state, levels, scale, new, held, wavering, pull, between):
-        (value, part, slots), (thresholds, prices, before, count) = clients, state
-        program, steps, width = pallas.program_id(0), scale[0], levels[count.level[0]]
-        begun, ended = count.level[0] + count.step[0] > 0, count.ended[0]
-        width_before = levels[count.level[0] - ended]
+        (value, part, slots), (thresholds, prices, before, progress) = clients, state
+        program, steps, width = pallas.program_id(0), scale[0], levels[progress.level[0]]
+        begun, ended = progress.level[0] + progress.step[0] > 0, progress.ended[0]
+        width_before = levels[progress.level[0] - ended]
         precision = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3  # alike, but quicker
 
         def add(block, total):
@@ -118,7 +118,7 @@ def _summed(clients, state, levels, scale, programs, interpret):
             sums = hold.sum(1), slope.sum(1), (slope * (row / steepness)[None, :]).sum(1), product
             return tuple(a + b for a, b in zip(total, sums, strict=True))
 
-        @pallas.when(count.found[0] == 0)
+        @pallas.when(progress.found[0] == 0)
         def _():
             for out, total in zip((held, wavering, pull, between), lax.fori_loop(0, each, add, _nothing(experts)), strict=True):
                 out[program] = total
@@ -136,13 +136,13 @@ def _solved(sums, bounds, state, levels, scale, number, interpret):
     programs, experts = sums[0].shape
 
     def newton_solve(sums, bounds, state, levels, scale, *new):
-        prices, _, count = state
-        steps, few, width = scale[0], scale[1], levels[count.level[0]]
+        prices, _, progress = state
+        steps, few, width = scale[0], scale[1], levels[progress.level[0]]
 
         def add(program, total):
             return tuple(a + part[program] for a, part in zip(total, sums, strict=True))
 
-        @pallas.when(count.found[0] == 0)
+        @pallas.when(progress.found[0] == 0)
         def _():
             held, wavering, pull, between = lax.fori_loop(0, programs, add, _nothing(experts))
             level = Level(*(x[...] for x in prices))
@@ -150,13 +150,13 @@ def _solved(sums, bounds, state, levels, scale, number, interpret):
             matrix, column = system(of_experts, level.now, width, held, wavering, between, number)
             change = elimination.swept(matrix, column - pull)
             change = jnp.clip(jnp.where(change == change, change, 0.0), -4.0, 4.0)  # 0 where there is no solution
-            worst, undecided, step = jnp.abs(column).max(), wavering.sum(), count.step[0] + 1
+            worst, undecided, step = jnp.abs(column).max(), wavering.sum(), progress.step[0] + 1
             settled = ~is_off(worst, undecided, number)
             ended = settled | (step >= MOST)
-            last = ended & ((settled & (undecided <= few)) | (count.level[0] + 1 >= len(SMOOTHING)))
+            last = ended & ((settled & (undecided <= few)) | (progress.level[0] + 1 >= len(SMOOTHING)))
             moved = level._replace(now=level.now + width * change)
             begin = (jnp.where(ended, x, y) for x, y in zip(next_level(moved, steps), moved, strict=True))
-            counts = count.level[0] + (ended & ~last).astype(jnp.int32), jnp.where(ended, 0, step), ended, last
+            counts = progress.level[0] + (ended & ~last).astype(jnp.int32), jnp.where(ended, 0, step), ended, last
             for out, x in zip(jax.tree.leaves(new), (*begin, level.whole, level.now, change, *counts), strict=True):
                 out[...] = jnp.broadcast_to(x, out.shape).astype(out.dtype)
 

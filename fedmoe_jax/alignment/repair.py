@@ -17,7 +17,7 @@ _LARGE = 1 << 26  # swaps of experts that clients could make; below, to look amo
 _ROWS, _ROWS_ON_CPU = 8, 4  # experts whose arcs are computed side by side
 _AT_ONCE = 1 << 23  # swaps up to which other devices compute the arcs of all
 _SLACK = 4  # times the cost of a change outside by which prices may change before the nearest are chosen anew
-_RELAXATIONS = 4  # between two looks whether there was any use in them
+_RELAXATIONS = 8  # between two looks whether there was any use in them
 
 
 def repair(problem: Problem, plan: Plan, most: Int[Array, ""] | int = FAR) -> Plan:
@@ -151,19 +151,18 @@ def _shortest_paths(cost, excess) -> tuple[Int[Array, " node"], Int[Array, " nod
     node = jnp.arange(excess.shape[0], dtype=jnp.int32)
 
     def relax(_, carry):
-        distance, parent = carry
+        distance, parent, _ = carry
         through = distance[:, None] + cost
-        nearer = through.min(axis=0) < distance
+        least = through.min(axis=0)
+        nearer = least < distance
         parent = jnp.where(nearer, through.argmin(axis=0).astype(jnp.int32), parent)
-        return jnp.where(nearer, through.min(axis=0), distance), parent
+        return jnp.where(nearer, least, distance), parent, nearer
 
     def some(carry):
-        distance, parent, _ = carry
-        new, parent = lax.fori_loop(0, _RELAXATIONS, relax, (distance, parent), unroll=True)
-        return new, parent, (new < distance).any()
+        return lax.fori_loop(0, _RELAXATIONS, relax, carry, unroll=True)
 
-    start = jnp.where(excess > 0, 0, FAR)
-    return lax.while_loop(lambda carry: carry[2], some, (start, node, jnp.bool_(True)))[:2]
+    begin = some((jnp.where(excess > 0, 0, FAR), node, excess > 0))
+    return lax.while_loop(lambda carry: carry[2].any(), some, begin)[:2]
 
 
 def _ends(distance, parent, client, excess) -> Bool[Array, " node"]:
