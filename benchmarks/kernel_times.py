@@ -2,7 +2,7 @@
 
     python benchmarks/kernel_times.py > benchmarks/results/kernel_times.jsonl
 
-One JSON line a figure: milliseconds of a round, the rounds being in one compiled loop, or of alignment alone; and of that, as
+One JSON line a figure: milliseconds of a round, the rounds being in one compiled loop, of alignment alone too; and of that, as
 the profiler sees it, how long the device works, multiplies matrices (cuBLAS, cuDNN and Triton), moves rows (gathers, scatters,
 copies) and does anything else, and how many kernels it starts. Elsewhere than on a GPU there is the first figure only.
 """
