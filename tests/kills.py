@@ -139,7 +139,9 @@ def campaign(folder, kills, seed=0):
     save_digits(folder / "digits.npz")
     words = ["train", *CONFIG, "--data", folder / "digits.npz"]
     alone = folder / "alone"
-    assert launch(folder / "alone.phases", [*words, "--out", alone], cache).wait() == 0
+    process = launch(folder / "alone.phases", [*words, "--out", alone], cache)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
     fallen, runs = [], []
     while len(fallen) < kills:
         out, number = folder / f"run-{len(runs)}", len(runs)

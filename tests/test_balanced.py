@@ -60,6 +60,13 @@ def test_balanced_is_optimal_at_other_sizes(shape):
         check(family(name, clients, experts, rng), slots, *bounds("around the mean", int(slots.sum()), experts, rng))
 
 
+def test_balanced_is_optimal_with_64_bits():
+    rng = np.random.default_rng(0)
+    slots = rng.integers(0, 4, 60)
+    with jax.enable_x64(True):
+        check(family("popular", 60, 8, rng), slots, *bounds("around the mean", int(slots.sum()), 8, rng))
+
+
 def test_bounds_that_cannot_be_met_are_broken_as_little_as_possible():
     fitness, slots = np.array([[3.0, 2.0, 1.0]] * 4, np.float32), np.ones(4, int)
     found, info = check(fitness, slots, np.array([0, 0, 0]), np.array([1, 1, 1]))

@@ -62,6 +62,14 @@ def test_the_host_may_look_more_often(steps, both, monkeypatch):
     np.testing.assert_allclose(*both(problem(6, 100)), atol=CLOSE)
 
 
+def test_64_bits_change_nothing(both):
+    """What is found is of 32 bits all the same."""
+    want = newton.prices(problem(6, 100))
+    with jax.enable_x64(True):
+        for found in both(problem(6, 100)):
+            np.testing.assert_allclose(found, np.float64(want[0]) + want[1], atol=CLOSE)
+
+
 def test_without_a_solution_prices_stay(both):
     """An expert that has fewer clients the dearer it is: the matrix is not positive definite."""
     given = problem(4, 50)
@@ -70,8 +78,7 @@ def test_without_a_solution_prices_stay(both):
         assert not found.any()
 
 
-def test_a_level_ends_where_no_step_helps(both, monkeypatch):
-    """Newton's method stops after so many steps of each level in both."""
+def test_a_level_ends_after_its_last_step(both, monkeypatch):
     for module in (newton, newton_kernels):
         monkeypatch.setattr(module, "MOST", 1)
     np.testing.assert_allclose(*both(problem(6, 100)), atol=CLOSE)

@@ -142,4 +142,4 @@ def excess(problem: Problem, prices, load) -> tuple[Int[Array, " expert"], Int[A
     fewest = jnp.where(prices > 0, problem.upper, jnp.where(prices > -problem.fine, problem.lower, 0))
     most = jnp.where(prices < 0, problem.lower, jnp.where(prices < problem.fine, problem.upper, FAR))
     taken = jnp.clip(load, fewest, most)
-    return taken, jnp.append(load - taken, (taken - load).sum())
+    return taken, jnp.append(load - taken, (taken - load).sum(dtype=jnp.int32))

@@ -29,9 +29,9 @@ def prices(problem: Problem) -> tuple[Int[Array, " expert"], Float[Array, " expe
     """
     value = jnp.where(problem.allowed, problem.value, -flow.FAR)
     least = jnp.where(problem.slots > 0, flow.least(value, problem.slots), value.max(axis=0))
-    begin = jnp.where(problem.slots > 0, -0.5, 1.0) * SMOOTHING[0]
+    begin = jnp.where(problem.slots > 0, -0.5, 1.0).astype(jnp.float32) * SMOOTHING[0]
     thresholds = Level(jnp.maximum(least, -4 * problem.steps), begin, begin)  # nothing is allowed: as good as never
-    few = jnp.minimum(_UNDECIDED[0] * value.shape[0], _UNDECIDED[1] * problem.slots.sum())
+    few = jnp.minimum(_UNDECIDED[0] * value.shape[0], _UNDECIDED[1] * problem.slots.sum()).astype(jnp.float32)
     part = jnp.broadcast_to(jnp.asarray(problem.part, jnp.float32), value.shape)
     lower, room = (x.astype(jnp.float32) for x in (problem.lower, problem.upper - problem.lower))
     steps = jnp.asarray(problem.steps, jnp.float32)
@@ -57,8 +57,8 @@ def _found(clients, thresholds, lower, room, steps, few):
         number, *_, undecided, settled = state
         return (number < len(SMOOTHING)) & ~(settled & (undecided <= few))
 
-    smoothing, nothing = jnp.array(SMOOTHING, jnp.float32), jnp.zeros(num_experts)
-    begin = 0, Level(nothing.astype(jnp.int32), nothing, nothing), thresholds, jnp.inf, jnp.bool_(False)
+    smoothing, nothing = jnp.array(SMOOTHING, jnp.float32), jnp.zeros(num_experts, jnp.float32)
+    begin = 0, Level(nothing.astype(jnp.int32), nothing, nothing), thresholds, jnp.float32(jnp.inf), jnp.bool_(False)
     last, prices, *_ = lax.while_loop(unfinished, level, begin)
     return prices.whole, prices.last, smoothing[last - 1]
 
@@ -110,4 +110,4 @@ def converged(
         *_, worst, undecided, count = state
         return is_off(worst, undecided, num_experts) & (count < MOST)
 
-    return lax.while_loop(unsettled, step, (prices, thresholds, jnp.array(jnp.inf), jnp.zeros(()), 0))[:-1]
+    return lax.while_loop(unsettled, step, (prices, thresholds, jnp.float32(jnp.inf), jnp.float32(0), 0))[:-1]

@@ -79,7 +79,7 @@ def found(
         state, sums = _summed(clients, state, levels, scale, programs, interpret)
         return _solved(sums, bounds, state, levels, scale, experts, interpret)
 
-    whole, nothing, none = jnp.zeros(padded, jnp.int32), jnp.zeros(padded), jnp.zeros(1, jnp.int32)
+    whole, nothing, none = jnp.zeros(padded, jnp.int32), jnp.zeros(padded, jnp.float32), jnp.zeros(1, jnp.int32)
     prices, before = Level(whole, nothing, nothing), _Before(whole, nothing, nothing)
     begin = _State(thresholds, prices, before, _Progress(none, none, none, none))
     state = lax.while_loop(
@@ -137,26 +137,29 @@ def _solved(sums, bounds, state, levels, scale, number, interpret):
 
     def newton_solve(sums, bounds, state, levels, scale, *new):
         prices, _, progress = state
-        steps, few, width = scale[0], scale[1], levels[progress.level[0]]
+        at, done, is_found = progress.level[0], progress.step[0], progress.found[0]
+        steps, few, width = scale[0], scale[1], levels[at]
+        level = Level(
+            *(x[...] for x in prices)
+        )  # as the rest of the state before the sums: only they keep what is read from what is written
 
         def add(program, total):
             return tuple(a + part[program] for a, part in zip(total, sums, strict=True))
 
-        @pallas.when(progress.found[0] == 0)
+        @pallas.when(is_found == 0)
         def _():
             held, wavering, pull, between = lax.fori_loop(0, programs, add, _nothing(experts))
-            level = Level(*(x[...] for x in prices))
             of_experts = Bounds(level.whole / steps, *(x[...] for x in bounds))
             matrix, column = system(of_experts, level.now, width, held, wavering, between, number)
             change = elimination.swept(matrix, column - pull)
             change = jnp.clip(jnp.where(change == change, change, 0.0), -4.0, 4.0)  # 0 where there is no solution
-            worst, undecided, step = jnp.abs(column).max(), wavering.sum(), progress.step[0] + 1
+            worst, undecided, step = jnp.abs(column).max(), wavering.sum(), done + 1
             settled = ~is_off(worst, undecided, number)
             ended = settled | (step >= MOST)
-            last = ended & ((settled & (undecided <= few)) | (progress.level[0] + 1 >= len(SMOOTHING)))
+            last = ended & ((settled & (undecided <= few)) | (at + 1 >= len(SMOOTHING)))
             moved = level._replace(now=level.now + width * change)
             begin = (jnp.where(ended, x, y) for x, y in zip(next_level(moved, steps), moved, strict=True))
-            counts = progress.level[0] + (ended & ~last).astype(jnp.int32), jnp.where(ended, 0, step), ended, last
+            counts = at + (ended & ~last).astype(jnp.int32), jnp.where(ended, 0, step), ended, last
             for out, x in zip(jax.tree.leaves(new), (*begin, level.whole, level.now, change, *counts), strict=True):
                 out[...] = jnp.broadcast_to(x, out.shape).astype(out.dtype)
 

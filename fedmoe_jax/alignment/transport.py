@@ -54,7 +54,7 @@ def _optimum(problem: flow.Problem, prices: Int[Array, " expert"]) -> flow.Plan:
     def attempt(state):
         _, count = state
         needed = unfit(state) & (count == last)  # under vmap others may need it
-        tried = jnp.where(count == 0, prices, 0), jnp.zeros(prices.shape)
+        tried = jnp.where(count == 0, prices, 0), jnp.zeros(prices.shape, jnp.float32)
         plan = flow.plan_at(problem, *apply_if(needed, lambda _: newton.prices(problem), tried))
         worth_it = jnp.where(unfit(state) & (flow.surplus(plan) <= _FEW * prices.shape[0]), _MOVES, 0)
         return repair(problem, plan, jnp.where(needed, flow.FAR, worth_it)), count + 1
