@@ -139,9 +139,7 @@ def _solved(sums, bounds, state, levels, scale, number, interpret):
         prices, _, progress = state
         at, done, is_found = progress.level[0], progress.step[0], progress.found[0]
         steps, few, width = scale[0], scale[1], levels[at]
-        level = Level(
-            *(x[...] for x in prices)
-        )  # as the rest of the state before the sums: only they keep what is read from what is written
+        level = Level(*(x[...] for x in prices))  # all of the state is read before the sums: their barriers keep it from what is written
 
         def add(program, total):
             return tuple(a + part[program] for a, part in zip(total, sums, strict=True))
