@@ -147,14 +147,6 @@ def test_plans_fill_all_slots_whatever_the_parts(seed):
     assert not (mask & ~allowed).any()
 
 
-def test_newtons_method_leaves_few_clients_too_many_for_small_cohorts():
-    for clients in (20, 100, 1000):
-        value = jnp.array(family("popular", clients, 64, np.random.default_rng(0)).T * flow.STEPS / 2, jnp.int32)
-        bounds = (jnp.full(64, round(factor * 4 * clients / 64)) for factor in (0.8, 1.25))
-        problem = flow.Problem(value, jnp.ones(value.shape, bool), jnp.full(clients, 4), *bounds)
-        assert flow.surplus(flow.plan_at(problem, *newton.prices(problem))) < 16
-
-
 def test_one_outlier_does_not_hide_the_differences_of_all_others():
     rng = np.random.default_rng(0)
     fitness = 1e-4 * rng.random((500, 16)).astype(np.float32)

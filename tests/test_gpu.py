@@ -28,9 +28,10 @@ def convolved(x):
     return implicit.convolve(jnp.ones((2, 3, 3, 1)) * x[1], jnp.ones((3, 3, 1, 4)) * x[2])
 
 
-def priced(x):
-    """A problem of five experts and nine clients."""
-    return flow.Problem(x + jnp.arange(45).reshape(5, 9), jnp.ones((5, 9), bool), x % 3, jnp.full(5, 1), jnp.full(5, 3))
+def priced(x, experts=5):
+    """A problem of so many experts and nine clients."""
+    value = x + jnp.arange(9 * experts).reshape(experts, 9)
+    return flow.Problem(value, jnp.ones(value.shape, bool), x % 3, jnp.full(experts, 1), jnp.full(experts, 3))
 
 
 def wide(*shape):
@@ -50,6 +51,7 @@ FUNCTIONS = {
     ),
     "sums for experts": lambda x: grouped.outer([grouped.Rows(wide(9, 4, 512), wide(9, 4, 1024), x[:, None] * jnp.ones((9, 4)))], x % 4, 4),
     "prices": lambda x: newton.prices(priced(x))[1],
+    "prices of 64 experts": lambda x: newton.prices(priced(x, 64))[1],
     "prices of groups": lambda x: jax.vmap(lambda add: newton.prices(priced(x + add))[1])(jnp.arange(2)),
 }
 

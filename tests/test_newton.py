@@ -1,9 +1,10 @@
-"""Newton's method in kernels: the same prices as without, for clients and experts that do not fill them, and several groups."""
+"""Newton's method: prices that leave few clients to move, and the same in kernels, whatever fills them, and for several groups."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from assignments import family
 
 from fedmoe_jax import gpu
 from fedmoe_jax.alignment import flow, newton, newton_kernels
@@ -35,6 +36,14 @@ def both(monkeypatch):
         return [np.float64(whole) + rest for whole, rest in (without, prices(*args))]
 
     return found
+
+
+def test_it_leaves_few_clients_too_many_for_small_cohorts():
+    for clients in (20, 100, 1000):
+        value = jnp.array(family("popular", clients, 64, np.random.default_rng(0)).T * flow.STEPS / 2, jnp.int32)
+        between = (jnp.full(64, round(factor * 4 * clients / 64)) for factor in (0.8, 1.25))
+        given = flow.Problem(value, jnp.ones(value.shape, bool), jnp.full(clients, 4), *between)
+        assert flow.surplus(flow.plan_at(given, *newton.prices(given))) < 16
 
 
 @pytest.mark.parametrize(("experts", "clients"), [(3, 40), (16, 64), (20, 300), (64, 1000)])

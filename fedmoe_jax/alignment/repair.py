@@ -17,7 +17,7 @@ _LARGE = 1 << 26  # swaps of experts that clients could make; below, to look amo
 _ROWS, _ROWS_ON_CPU = 8, 4  # experts whose arcs are computed side by side
 _AT_ONCE = 1 << 23  # swaps up to which other devices compute the arcs of all
 _SLACK = 4  # times the cost of a change outside by which prices may change before the nearest are chosen anew
-_RELAXATIONS = 8  # between two looks whether there was any use in them
+_RELAXATIONS = 8  # between two looks whether the last was of any use
 
 
 def repair(problem: Problem, plan: Plan, most: Int[Array, ""] | int = FAR) -> Plan:
