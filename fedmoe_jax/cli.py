@@ -165,6 +165,8 @@ def _train(words: list[str]) -> None:
         processes.start(options.coordinator, options.processes, options.process)
     elif options.processes is not None or options.process is not None:
         raise UsageError("--coordinator is missing: give HOST:PORT of the first process")
+    else:
+        processes.split_cpu(config.devices or config.expert_devices)
     if options.explain:
         from fedmoe_jax.training.explain import explain
 

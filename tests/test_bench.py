@@ -1,6 +1,7 @@
 """`fedmoe bench assign`: its families are solved to the optimum, in small; larger sizes are marked slow."""
 
 import json
+import sys
 
 import pytest
 
@@ -33,6 +34,13 @@ def test_every_family_is_solved_to_the_optimum(clients, experts):
 @pytest.mark.parametrize(("clients", "experts"), [(1000, 64), (10_000, 64)])
 def test_every_family_is_solved_to_the_optimum_in_large(clients, experts):
     check(clients, experts)
+
+
+def test_a_missing_reference_is_told_before_anything_is_measured(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ortools.graph.python.min_cost_flow", None)
+    with pytest.raises(ValueError, match=r"OR-tools, which is not installed: .* or leave it out by --no-reference"):
+        next(assign.run(clients=10, experts=4))
+    assert next(assign.run(clients=10, experts=4, reference=False))["metric"] == "seconds"
 
 
 def test_command_prints_one_object_a_line(capsys):

@@ -1,6 +1,9 @@
 """Several processes of one run: how they start, and with real ones how they end (slow; results in tests/results/processes.json)."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import processes as campaigns
@@ -31,6 +34,36 @@ def test_one_process_is_the_first_and_waits_for_nobody():
     assert processes.is_first() and not processes.several()
     assert processes.by_first(lambda: 3) == 3 and processes.least(2.0) == 2.0
     assert processes.anyone(True) and not processes.anyone(False)
+
+
+TINY = ["train", "--population", "12", "--cohort", "4", "--experts", "4", "--rounds", "1", "--model_options", "hidden=16"]
+
+
+def on_this_cpu(folder, devices, **environment):
+    """A tiny run with so many devices in a process of its own, for which JAX has not been told of any but by the environment."""
+    code = "import sys; from fedmoe_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
+    words = [sys.executable, "-c", code, *TINY, "--devices", str(devices), "--out", str(folder)]
+    cleared = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    environment = cleared | dict(JAX_PLATFORMS="cpu") | environment
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, check=False)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="this machine has one core")
+def test_cores_of_a_cpu_become_devices(tmp_path):
+    done = on_this_cpu(tmp_path / "run", 2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["device"] == "2 x cpu"
+
+
+def test_there_are_no_more_devices_than_cores(tmp_path):
+    done = on_this_cpu(tmp_path / "run", 9999)
+    assert done.returncode == 2 and f"devices: must be at most the number there is ({os.cpu_count()}), got 9999" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_devices_that_xla_is_told_of_stay(tmp_path):
+    done = on_this_cpu(tmp_path / "run", 9999, XLA_FLAGS="--xla_force_host_platform_device_count=3")
+    assert done.returncode == 2 and "at most the number there is (3), got 9999" in done.stderr
 
 
 def test_the_others_are_told_where_the_first_one_stops(monkeypatch):

@@ -1,4 +1,7 @@
-"""fedmoe_jax on the workload: python ours.py W1 [primal | auto | dual]. Rounds run in one compiled loop."""
+"""fedmoe_jax on the workload: python ours.py W1 [primal | auto | dual [devices]]. Rounds run in one compiled loop.
+
+On a CPU, where a network of convolutions leaves cores idle, they can be devices, which share the clients of a round.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -73,15 +76,19 @@ class Convolutional(Shared):
 NETWORKS = {"mlp": Dense, "cnn": Convolutional}
 
 
-def main(name, engine="primal"):
-    work = workload.WORKLOADS[name]
+def main(name, engine="primal", devices="1"):
+    work, devices = workload.WORKLOADS[name], int(devices)
+    if devices > 1:
+        jax.config.update("jax_num_cpu_devices", devices)
     x, y, test_x, test_y = workload.data(work.clients)
     rows = np.arange(x.shape[0] * x.shape[1]).reshape(len(x), -1)
     population = fm.Population.from_arrays(x.reshape(-1, 28, 28), y.reshape(-1), list(rows))
+    mesh = fm.distributed.mesh(devices)
+    population = fm.distributed.place(population, mesh) if devices > 1 else population
     algorithm = fm.federated_moe(
         NETWORKS[work.model](), fm.models.losses.cross_entropy, client_optimizer=optax.sgd(workload.RATE),
         server_optimizer=optax.sgd(1.0), aligner=fm.alignment.full(num_experts=1), cohort_size=work.cohort,
-        batch_size=workload.BATCH, local_epochs=1, solo_examples=0, engine=engine,
+        batch_size=workload.BATCH, local_epochs=1, solo_examples=0, engine=engine, mesh=mesh,
     )  # fmt: skip
     state, run = algorithm.init(jax.random.key(0), population), fm.rounds(algorithm.step, work.rounds)
 
@@ -94,9 +101,8 @@ def main(name, engine="primal"):
     model = trained(work.model, state)
     loss = -jnp.take_along_axis(jax.nn.log_softmax(model(jnp.asarray(test_x))), jnp.asarray(test_y)[:, None], 1).mean()
     seconds = workload.timed_loop(some, lambda: jax.block_until_ready(state))
-    workload.report(
-        f"fedmoe_jax, {engine}", f"{importlib.metadata.version('fedmoe_jax')}, JAX {jax.__version__}", name, seconds, float(loss)
-    )
+    peer = f"fedmoe_jax, {engine}" + f", {devices} devices" * (devices > 1)
+    workload.report(peer, f"{importlib.metadata.version('fedmoe_jax')}, JAX {jax.__version__}", name, seconds, float(loss))
 
 
 def trained(model, state):

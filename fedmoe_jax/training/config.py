@@ -175,7 +175,7 @@ class TrainConfig:
     chunk: int | None = None
     """Clients trained at once on a device; chosen from the memory, on a CPU from its cache, if not given."""
     devices: int | None = None
-    """Devices that share the work of a round; 1 if not given, but all of those of several processes."""
+    """Devices that share the work of a round, cores where there is but a CPU; 1 if not given, but all of those of several processes."""
     expert_devices: int = 1
     """Of these devices so many share the experts, each keeping its part; must divide both."""
     stream: int | None = None
