@@ -48,6 +48,7 @@ def on_this_cpu(folder, devices, **environment):
     return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="this machine has one core")
 def test_cores_of_a_cpu_become_devices(tmp_path):
     done = on_this_cpu(tmp_path / "run", 2)
