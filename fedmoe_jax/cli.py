@@ -159,14 +159,14 @@ def _go_on(words: list[str]) -> str:
 def _train(words: list[str]) -> None:
     resumed = "--resume" in words and _stored(words)
     config, options = parse(TrainConfig, words, "fedmoe train", default=resumed or None, options=TrainOptions)
-    from fedmoe_jax.distributed import processes
+    from fedmoe_jax.distributed import processes, split_cpu
 
     if options.coordinator is not None:
         processes.start(options.coordinator, options.processes, options.process)
     elif options.processes is not None or options.process is not None:
         raise UsageError("--coordinator is missing: give HOST:PORT of the first process")
     else:
-        processes.split_cpu(config.devices or config.expert_devices)
+        split_cpu(config.devices or config.expert_devices)
     if options.explain:
         from fedmoe_jax.training.explain import explain
 

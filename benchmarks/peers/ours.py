@@ -78,8 +78,7 @@ NETWORKS = {"mlp": Dense, "cnn": Convolutional}
 
 def main(name, engine="primal", devices="1"):
     work, devices = workload.WORKLOADS[name], int(devices)
-    if devices > 1:
-        jax.config.update("jax_num_cpu_devices", devices)
+    fm.distributed.split_cpu(devices)
     x, y, test_x, test_y = workload.data(work.clients)
     rows = np.arange(x.shape[0] * x.shape[1]).reshape(len(x), -1)
     population = fm.Population.from_arrays(x.reshape(-1, 28, 28), y.reshape(-1), list(rows))

@@ -1,5 +1,7 @@
-"""The mesh of devices that share the work of a round."""
+"""The mesh of devices that share the work of a round, which may be cores of a CPU."""
 
+import contextlib
+import os
 from collections.abc import Sequence
 
 import jax
@@ -7,6 +9,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from fedmoe_jax.sharding import AXES
+
+
+def split_cpu(number: int) -> None:
+    """Makes so many devices of this machine's CPU, at most one a core, where JAX has not begun to use it and XLA_FLAGS do not say."""
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX has begun
+            jax.config.update("jax_num_cpu_devices", min(number, os.cpu_count() or 1))
 
 
 def mesh(clients: int | None = None, experts: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -1,7 +1,5 @@
 """Several processes, on one or many hosts, that train one model together: how they start, agree, and who writes."""
 
-import contextlib
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -43,13 +41,6 @@ def start(coordinator: str, number: int | None = None, process: int | None = Non
     if number is None or process is None or not 0 <= process < number:
         raise ValueError(f"processes is {number} and process is {process}: give both, the second from 0 to the first less 1")
     jax.distributed.initialize(coordinator, number, process, **beats)
-
-
-def split_cpu(number: int) -> None:
-    """Makes so many devices of this machine's CPU, at most one a core, where JAX has not begun to use it and XLA_FLAGS do not say."""
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # JAX has begun
-            jax.config.update("jax_num_cpu_devices", min(number, os.cpu_count() or 1))
 
 
 def several() -> bool:
